@@ -100,7 +100,7 @@ def put_steps(translation: Translation) -> None:
     del translation.values["train.epochs"]
     translation.put("train.steps", steps, key)
     of = (
-        f"{rows:,} of {rows + held_out:,} rows, since data.valid holds out {held_out:,}"
+        f"about {rows:,} of {rows + held_out:,} rows, without the held-out ones (the dry run counts them)"
         if held_out
         else f"{rows:,} rows"
     )

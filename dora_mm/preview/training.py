@@ -219,10 +219,10 @@ def length_line(train: TrainConfig, steps_per_epoch: int) -> str:
         steps_per_epoch: Optimizer steps in one pass over the data.
     """
     count = train.gradient_accumulation_steps
-    of_several = f" of {count} batches" if count > 1 else ""
+    of_several = f"; up to {count} batches per step" if count > 1 else ""
     epochs = f"{train.steps / steps_per_epoch:.3g}"
     total, each = (f"{number:,} step{'s' if number > 1 else ''}" for number in (train.steps, steps_per_epoch))
-    return f"length    {total}{of_several}, {epochs} epoch{'s' if epochs != '1' else ''} of {each}"
+    return f"length    {total}, {epochs} epoch{'s' if epochs != '1' else ''} of {each}{of_several}"
 
 
 def optimizer_line(

@@ -126,11 +126,11 @@ def test_the_batches_of_a_step_count_and_so_does_preparing_them():
 
 def test_lines_on_length_and_time():
     train = TrainConfig(steps=1500, batch_size=2, gradient_accumulation_steps=4)
-    assert preview.length_line(train, 750) == "length    1,500 steps of 4 batches, 2 epochs of 750 steps"
+    assert preview.length_line(train, 750) == "length    1,500 steps, 2 epochs of 750 steps; up to 4 batches per step"
     single = train.model_copy(update={"gradient_accumulation_steps": 1})
     assert preview.length_line(single, 3000) == "length    1,500 steps, 0.5 epochs of 3,000 steps"
     assert preview.length_line(train.model_copy(update={"steps": 1}), 1) == (
-        "length    1 step of 4 batches, 1 epoch of 1 step"
+        "length    1 step, 1 epoch of 1 step; up to 4 batches per step"
     )
     for seconds, shown in ((0.01, "15 s"), (1.0, "25.0 min"), (10.0, "4.2 h")):
         line = preview.time_line(preview.StepCost(seconds, 0, ""), 1500, "validation")

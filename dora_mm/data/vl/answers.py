@@ -173,7 +173,7 @@ def answer_notes(rows: Iterable[tuple[str, ModelAnswer]]) -> tuple[str, ...]:
         reasons = "".join(f"; {count} {failure}" for failure, count in failures.items())
         notes.append(f"{len(missing)} of {len(rows)} answers are missing, and score 0 ({_named(missing)}){reasons}")
     if cut:
-        notes.append(f"{len(cut)} of {len(rows)} answers were cut at max_new_tokens ({_named(cut)})")
+        notes.append(f"{len(cut)} of {len(rows)} answers were cut at decode.max_new_tokens ({_named(cut)})")
     others = dict.fromkeys(answer.ended for _, answer in rows if answer.ended not in (None, STOP, LENGTH))
     for reason in others:
         ids = [key for key, answer in rows if answer.ended == reason]

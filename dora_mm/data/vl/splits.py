@@ -128,8 +128,8 @@ def about_share(valid: HeldOutConfig, rows: int, num_held_out: int) -> str:
         return ""
     return (
         f"{num_held_out:,} of {rows:,} rows are held out, not {wanted:,} as data.valid.share {valid.share:g} asks for: "
-        "rows about one image stay together, and few groups of rows fit; another share or a file of its own in "
-        "data.valid may fit better"
+        f"rows about one image stay together. Set a {'higher' if num_held_out < wanted else 'lower'} share, or give "
+        "validation rows of their own in data.valid"
     )
 
 

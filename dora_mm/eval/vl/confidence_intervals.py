@@ -138,7 +138,7 @@ def gain_over_question_only(
     """
     found = confidence_intervals(minus(scores, question_only), differences=True)
     gained = ", ".join(f"{heading(task)} {points(found[task])}" for task in question_only)
-    return f"{name}, less what questions alone give away (the answer that training gave most often): {gained} points."
+    return f"{name}, minus the score without images (the most frequent answer of the training rows): {gained} points."
 
 
 def points(ci: ConfidenceInterval, groups: int = LEAST_GROUPS) -> str:

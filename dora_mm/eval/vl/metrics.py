@@ -12,7 +12,7 @@ from dora_mm.registries.vl_tasks import TASKS
 from dora_mm.utils.tables import markdown_table
 
 QUESTION_ONLY = "question-only accuracy"  # of answers that are guessed without any image
-QUESTION_ONLY_RULE = "the answer that training gave most often to the question, or to its first two words"
+QUESTION_ONLY_RULE = "the most frequent answer of the training rows to the question, or to its first two words"
 
 
 def scorer_of(task: str) -> AnswerScorer | CaptionScorer:
@@ -84,7 +84,7 @@ def conclusion(scores: Mapping[str, VLScores], num_groups: Mapping[str, int], *,
     few = {task: number for task in scores if (number := num_groups[task]) < LEAST_GROUPS}
     cautions = [
         f"{TASKS[task].title}: {number} independent answer{'s are' if number > 1 else ' is'} too few to tell whether "
-        f"the model is good ({LEAST_GROUPS} are needed): hold out more rows."
+        f"the model is good ({LEAST_GROUPS} are needed, each about another image): give more validation rows."
         for task, number in few.items()
     ]
     guessing = [

@@ -47,7 +47,7 @@ def test_what_is_said_of_answers():
     assert answer_notes(rows) == (
         "7 of 9 answers are missing, and score 0 (ids 0, 1, 2, 3, 4, ...); "
         "1 was longer than 9 bytes (server.max_bytes)",
-        "6 of 9 answers were cut at max_new_tokens (ids 0, 1, 2, 3, 4, ...)",
+        "6 of 9 answers were cut at decode.max_new_tokens (ids 0, 1, 2, 3, 4, ...)",
         "thoughts were removed from 1 of 9 answers",
     )
     assert answer_notes([("1", ModelAnswer("a"))]) == ()

@@ -220,7 +220,7 @@ def test_an_interrupted_campaign_is_resumed_and_reports(comparison, commands, tm
     table = (folder / "table.md").read_text()
     assert table.strip() in capsys.readouterr().out
     assert "VQA 16 answers in " in table
-    assert "DoRA, rank 4, less what questions alone give away" in table
+    assert "DoRA, rank 4, minus the score without images" in table
     assert "DoRA, rank 2 - LoRA, rank 4" in table
     assert "of 12 intervals exclude 0" in table
     made_on = csv.DictReader((folder / "trainings.csv").open())

@@ -167,7 +167,7 @@ def test_settings_of_answers_are_sent_and_kept(server, config, tmp_path):
 def test_answers_that_are_cut_are_counted(server, config, capsys):
     server.reason = "length"
     assert main(["eval", config]) == 0
-    assert "6 of 6 answers were cut at max_new_tokens (ids 0, 1, 2, 3, 4, ...)" in capsys.readouterr().out
+    assert "6 of 6 answers were cut at decode.max_new_tokens (ids 0, 1, 2, 3, 4, ...)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ ROWS = [
 LABELS, TEXTS, CUT = zip(*ROWS, strict=True)
 SCORE, SCORE_WITH_THOUGHTS = 62.5, 50.0  # rows 0, 2, 4, 5 and 7 are right, and with thoughts 1, 2, 3 and 4
 MISSING = "2 of 8 answers are missing, and score 0 (ids 1, 3)"
-AT_THE_LIMIT = "3 of 8 answers were cut at max_new_tokens (ids 1, 3, 4)"
+AT_THE_LIMIT = "3 of 8 answers were cut at decode.max_new_tokens (ids 1, 3, 4)"
 THOUGHTS = "thoughts were removed from 4 of 8 answers"
 
 

@@ -90,7 +90,7 @@ def test_a_dry_run_shows_parts_data_lengths_rows_memory_and_time(name, config, t
     assert "\x1b" not in text
     assert re.search(r"\nvision_tower|\nvisual|\nvision_model", text)
     assert re.search(r"activations \(an estimate: what a step keeps for its backward pass\)  cpu +[\d.]+\n", text)
-    assert "\nlength    3 steps of 2 batches, 3 epochs of 1 step\n" in text
+    assert "\nlength    3 steps, 3 epochs of 1 step; up to 2 batches per step\n" in text
     assert re.search(r"time      [\d.]+ s a step \(measured\), \d+ s for 3 steps, validation not included", text)
     assert not (tmp_path / "run").exists()
 
