@@ -8,6 +8,8 @@ from dora_mm.formats.commands.convert import Conversion
 from dora_mm.formats.commands.export_check import ToolErrors
 from dora_mm.formats.commands.extras import named
 from dora_mm.formats.commands.inspection import misreaders
+from dora_mm.formats.tools.peft import FILE_NAME
+from dora_mm.utils.shell import command_line
 from dora_mm.utils.tables import aligned_columns
 
 # Modules outside of the language model, by their names in transformers
@@ -38,6 +40,10 @@ def conversion_text(done: Conversion, to: str) -> str:
             f"note     {len(found)} of these modules are outside of the language model, such as {found[0]}. vLLM and "
             "llama.cpp ignore them; dora-mm merge keeps them (docs/serving.md)"
         )
+    if to == "lora" and done.ranks and done.files[0].name == FILE_NAME:
+        rank = max(8, 1 << (done.ranks[-1] - 1).bit_length())  # vLLM takes powers of two from 8 on
+        options = ("--enable-lora", "--max-lora-rank", rank, "--lora-modules", f"mine={done.files[0].parent}")
+        lines.append(f"serve    {command_line('vllm', 'serve', 'MODEL', *options)}, if vLLM supports this model")
     if done.errors:
         lines += ["", table(done)]
         worst = max(done.errors, key=lambda errors: errors.overall)

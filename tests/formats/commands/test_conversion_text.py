@@ -16,3 +16,10 @@ def test_modules_that_servers_ignore_are_counted(modules, number, tmp_path):
     text = conversion_text(Conversion((Path(tmp_path / "a.safetensors"),), modules), "lora")
     assert (f"{number} of these modules are outside of the language model" in text) == bool(number)
     assert ("dora-mm merge keeps them" in text) == bool(number)
+
+
+@pytest.mark.parametrize(("ranks", "most"), [((3, 9, 16), 16), ((2, 4), 8), ((17,), 32)])
+def test_a_lora_of_a_language_model_says_how_it_is_served(ranks, most):
+    text = conversion_text(Conversion((Path("lora/adapter_model.safetensors"),), TEXT, ranks=ranks), "lora")
+    served = f"vllm serve MODEL --enable-lora --max-lora-rank {most} --lora-modules mine=lora"
+    assert f"serve    {served}, if vLLM supports this model" in text
