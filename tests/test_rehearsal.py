@@ -18,7 +18,7 @@ PAGE = """\
 memory                                                                      MB
 unet, 2,567,463,684 frozen in bfloat16                             cpu  5,134.9
 12,277,760 trained                                                 cpu     49.1
-activations (checkpointed, an estimate by a step without numbers)  cpu    847.9
+activations (gradient checkpointing, an estimate)  cpu    847.9
 together                                                           cpu  6,000.0
 with train.gradient_checkpointing=false the activations take 11,383.9 MB
 

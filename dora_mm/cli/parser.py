@@ -378,8 +378,8 @@ def _add_ask(commands: Any) -> None:
     command = commands.add_parser("ask", help="ask a model about images, without and with an adapter")
     _add_model(command, f"that of the adapter's run, else {DTYPE_OF_MODEL}")
     command.add_argument("images", metavar="IMAGE", nargs="*", help="or a video; none: a question of text alone")
-    asked = "asked as it is; with --adapter, in the prompt of its training"
-    command.add_argument("question", metavar="QUESTION", help=asked)
+    help_text = "asked as it is; with --adapter, in the prompt of its training"
+    command.add_argument("question", metavar="QUESTION", help=help_text)
     command.add_argument("--then", metavar="QUESTION", action="append", default=[], help="asked next; may be repeated")
     command.add_argument("--system", metavar="TEXT", help="the system turn; default: that of the run's conversations")
     command.add_argument("--adapter", metavar="FOLDER", help="a run directory or an adapter's folder")

@@ -157,8 +157,8 @@ def simulated_cost(
     for parameter in trained.parameters.values():
         parameter.grad = None
     activations = max(0, peak - num_bytes(trained.parameters.values()))
-    how = "checkpointed" if checkpointing else "not checkpointed"
-    return StepCost(None, activations, f"{how}, an estimate by a step without numbers")
+    how = "gradient checkpointing" if checkpointing else "no gradient checkpointing"
+    return StepCost(None, activations, f"{how}, an estimate")
 
 
 def checkpointing_line(costs: Mapping[bool, StepCost], checkpointing: bool) -> str:

@@ -137,7 +137,7 @@ def estimated_cost(
         try:
             on_gpu = accelerator.device.type != "cpu"
             activations = estimated_activations(config, batch_of(model, data.sets, data.largest), is_gpu=on_gpu)
-            cost = StepCost(None, activations, f"an estimate by a step without numbers, for {data.largest}")
+            cost = StepCost(None, activations, f"an estimate, for {data.largest}")
         except ValueError as error:
             remarks.append(f"activations are not estimated: {error}")
     stored = quantized_bytes(network, config.model.quantization)

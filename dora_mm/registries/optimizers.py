@@ -18,7 +18,7 @@ class Optimizer:
         import_path: Its class, as `module:class`.
         settings: Arguments of the class, where a config does not give them.
         install: What installs the module, for messages; empty for torch's own.
-        needs_gpu: Whether it steps on a GPU only.
+        needs_gpu: Whether it needs a GPU.
         lr: A usual learning rate, for messages.
         least_lr: Below it a training learns nothing: the rate is that of another optimizer.
         most_lr: From it on a training is destroyed, likewise.

@@ -232,8 +232,8 @@ def _warn_of_unreached(parameters: Mapping[str, nn.Parameter]) -> None:
         layers = list(dict.fromkeys(name.rpartition(".")[0] for name in unreached))
         shown = ", ".join(layers[:3]) + (", ..." if len(layers) > 3 else "")
         log.warning(
-            "The loss of the first step does not depend on %d of the trained layers: %s. They stay as they are until "
-            "a step uses them.",
+            "The first step did not use %d of the trained layers: %s. They do not train until a step uses them "
+            "(docs/train_images.md, Parts).",
             *(len(layers), shown),
         )
 

@@ -70,7 +70,8 @@ def check_optimizer(config: OptimizerConfig, device: torch.device) -> None:
     needs_gpu = OPTIMIZERS[config.name].needs_gpu
     if needs_gpu and device.type in ("cpu", "mps"):
         raise ValueError(
-            f"optimizer.name {config.name} steps on a GPU only, and this training is on {device.type}: choose adamw"
+            f"optimizer.name {config.name} needs a GPU, and this training is on {device.type}: "
+            "--set optimizer.name=adamw"
         )
     tried = nn.Parameter(torch.zeros(LEAST_OF_8_BITS, device=device))
     tried.grad = torch.zeros_like(tried)

@@ -147,7 +147,7 @@ WRONG = [  # what is typed, and the sentence, without how that of a config begin
     ),
     (
         "train CONFIG --set optimizer.name=adamw_8bit model.path=runs data.folder=.",
-        "optimizer.name adamw_8bit steps on a GPU only, and this training is on cpu: choose adamw",
+        "optimizer.name adamw_8bit needs a GPU, and this training is on cpu: --set optimizer.name=adamw",
     ),
     (
         "train CONFIG --set model.path=nobody/nothing data.folder=.",

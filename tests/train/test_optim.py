@@ -133,7 +133,7 @@ def test_options_reach_the_optimizer():
 def test_those_of_8_bits_are_refused_without_a_gpu(name):
     config = OptimizerConfig(name=name, lr=1.0)
     if name.endswith("8bit"):
-        with pytest.raises(ValueError, match=f"optimizer.name {name} steps on a GPU only"):
+        with pytest.raises(ValueError, match=f"optimizer.name {name} needs a GPU"):
             check_optimizer(config, torch.device("cpu"))
     else:
         check_optimizer(config, torch.device("cpu"))

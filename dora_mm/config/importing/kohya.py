@@ -268,8 +268,8 @@ def _kohya_prompts(lines: Sequence[str], file: str, found: Translation) -> None:
         return
     if separate:
         found.differs(
-            f"Contact sheets have the training's size and one setting for all prompts: `dora-mm sample "
-            f"{quoted(Path(file))}` reads {', '.join(separate)} of each line."
+            f"The contact sheets of the training ignore {', '.join(separate)} of each line of {file}. "
+            f"`dora-mm sample {quoted(Path(file))}` uses them."
         )
 
 

@@ -89,7 +89,7 @@ class Tuning:
             self.selection_metric.has_learned(self.folder, highest),
         )
         if not rung.learned:
-            log.info("None of %d steps has learned anything: all that are trained for longer tell more", steps)
+            log.info("No training of %d steps has a better score than the bare model: more steps may tell", steps)
         return rung
 
     # --- the report --------------------------------------------------------------------------------------------------

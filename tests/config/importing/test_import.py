@@ -270,7 +270,7 @@ def test_kohyas_prompts_keep_their_flags(tmp_path):
     toml += 'sample_prompts = "prompts.txt"\nclip_skip = 2\nsample_every_n_epochs = 1\n'
     found = imported(tmp_path, "a.toml", toml)
     assert found.nested["sample"] == {"prompts": ["a cat", "a car"], "negative_prompt": "blurry", "steps": 4}
-    assert any("reads width, seed of each line" in sentence for sentence in found.differences)
+    assert any("ignore width, seed of each line" in sentence for sentence in found.differences)
     reasons = {key: reason for key, _, reason in found.without_equal}
     assert "second to last layer" in reasons["clip_skip"]
     assert "sample.every counts steps" in reasons["sample_every_n_epochs"]

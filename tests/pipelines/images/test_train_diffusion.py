@@ -470,7 +470,7 @@ def test_the_printed_command_draws_the_images_of_the_sheet(config, tmp_path, cap
     printed = capsys.readouterr().out.partition("to sample  dora-mm ")[2]
     assert main([*shlex.split(printed), "output=drawn"]) == 0
     assert (
-        "As the training's contact sheets, where a row is silent: steps 3, guidance 2, negative_prompt 'blurry'"
+        "What rows leave out is that of the training's contact sheets: steps 3, guidance 2, negative_prompt 'blurry'"
         in caplog.messages
     )
     drawn = Image.open(tmp_path / "drawn/samples/0001-seed3-strength1.png")
@@ -566,7 +566,7 @@ def test_a_dry_run_with_a_hub_model_that_is_not_here_describes_the_data(config, 
 REFUSED = (  # why, for a training in one process on a processor
     "output RUN exists already: choose another folder",
     "train.track: wandb needs the package wandb: pip install wandb",
-    "optimizer.name adamw_8bit steps on a GPU only",
+    "optimizer.name adamw_8bit needs a GPU",
     "train.compile: torch.compile does not work here",
     "model.quantization nf4 needs bitsandbytes",
 )
@@ -601,9 +601,9 @@ def test_all_reasons_why_a_training_is_refused_are_in_one_report(wrong, tmp_path
     printed, error = capsys.readouterr()
     _, *report = error[error.index("5 problems stop this training:") :].splitlines()
     assert all(line.startswith(f"  {reason}") for line, reason in zip(report, reasons, strict=True))
-    assert "time      not measured: optimizer.name adamw_8bit steps on a GPU only" in printed
+    assert "time      not measured: optimizer.name adamw_8bit needs a GPU" in printed
     assert "optimizer state (adamw_8bit, 2 numbers of 8 bits each)" in " ".join(printed.split())
-    for words in ("images  5 in", "unet.attn", "compiled", "activations (not checkpointed", "VAE, an image "):
+    for words in ("images  5 in", "unet.attn", "compiled", "activations (no gradient checkpointing", "VAE, an image "):
         assert words in printed
     assert "to start" not in printed
 

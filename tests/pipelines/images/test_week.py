@@ -83,7 +83,7 @@ def test_every_command_ends_with_the_next(week):
     assert printed_command(week["sample"], "to look") == ["gallery", "runs/style_prompts/001"]
     (folder,) = [line for line in week["sample"] if line.startswith("images")]
     assert folder == "images    8 of 8 in runs/style_prompts/001/samples"
-    assert "As the training's contact sheets, where a row is silent: steps 1, guidance 3" in week["sample"]
+    assert "What rows leave out is that of the training's contact sheets: steps 1, guidance 3" in week["sample"]
     page, after = week["gallery"]
     assert page == "gallery  runs/eval_style/001/gallery/index.html"
     assert after.endswith(": dora-mm sample favourites.jsonl")
