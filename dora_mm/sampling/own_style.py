@@ -11,6 +11,7 @@ from PIL import Image
 from dora_mm.config.images import DataConfig, TrainDiffusionConfig
 from dora_mm.config.paths import resolve_model
 from dora_mm.data.images.folder import CaptionedImage, contains_word, read_training_images
+from dora_mm.data.images.held_out import hold_out
 from dora_mm.data.images.shared_words import PLACEHOLDER, example_prompts, shared_word
 from dora_mm.data.images.wording import all_unchanged
 from dora_mm.eval.images.clip import ClipSimilarity
@@ -49,13 +50,14 @@ def vectors_by(device: torch.device, clip_model: str | None = None, timm_model: 
 
 
 def images_of_training(data: DataConfig) -> list[CaptionedImage]:
-    """The images of a training, with or without captions, which generated ones are compared with.
+    """The images that are trained on, with or without captions, which generated ones are compared with.
 
     Raises:
         ValueError: They cannot be read.
     """
     changes = {"instance_prompt": PLACEHOLDER, "placeholder": None, "unused_captions": "stop"}
-    return read_training_images(data.model_copy(update=changes))
+    images = read_training_images(data.model_copy(update=changes))
+    return hold_out(images, data)[0] if data.valid and data.valid.share else images
 
 
 def trigger_word(trained: TrainDiffusionConfig | None, images: Sequence[CaptionedImage]) -> str | None:

@@ -126,6 +126,8 @@ def test_training_images_are_spread_over_the_folder_without_masks(tmp_path, monk
     found, note = about.training_images(training_config())
     assert [path.name for path in found] == [f"{number:02d}.png" for number in range(0, 48, 2)]
     assert note == "24 of 48"
+    held_out = training_config(data={"folder": "pictures", "valid": {"share": 0.1}})
+    assert about.training_images(held_out)[1] == "24 of 48, held-out ones are among them"
     shown = training_of(make_training(Path("run"), drawn=()).path)["images"]
     assert [item["name"] for item in shown] == [path.name for path in found]
     with Image.open(Path("run/gallery") / shown[1]["file"]) as thumbnail:

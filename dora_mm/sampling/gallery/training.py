@@ -219,7 +219,9 @@ def training_images(
         return {}, f"{first_line(error)}."
     step = max(len(found) / MOST_TRAINING_IMAGES, 1)
     shown = dict(found[int(number * step)] for number in range(min(len(found), MOST_TRAINING_IMAGES)))
-    return shown, f"{len(shown)} of {len(found)}" if len(shown) < len(found) else None
+    notes = [f"{len(shown)} of {len(found)}"] if len(shown) < len(found) else []
+    notes += ["held-out ones are among them"] if config.data.valid and config.data.valid.share else []
+    return shown, ", ".join(notes) or None
 
 
 def answers_by_step(run: RunDirectory) -> list[dict[str, Any]]:
