@@ -67,11 +67,12 @@ _opened: list[str | None] = []  # the repositories of the models that are being 
 @functools.cache
 def _guard_libraries() -> None:
     """Replaces functions of transformers, which diffusers calls, too."""
-    from transformers import PreTrainedConfig, PreTrainedTokenizerFast, ProcessorMixin, modeling_utils
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin, modeling_utils
     from transformers.integrations import hub_kernels
 
     _replace(PreTrainedConfig, "from_dict", _of_clean_config)
     _replace(hub_kernels, "get_kernel", _of_allowed_kernels)
+    _replace(PreTrainedModel, "set_use_kernels", _of_own_layers)
     _replace(modeling_utils, "maybe_load_adapters", _of_the_same_model)
     _replace(ProcessorMixin, "get_possibly_dynamic_module", _of_no_models)
     for name in ("_encode_plus", "_decode", "convert_tokens_to_string", "_add_tokens"):
@@ -117,6 +118,15 @@ def _of_allowed_kernels(function: Callable[..., Any]) -> Callable[..., Any]:
         return function(kernel_name, *args, **kwargs)
 
     return get_kernel
+
+
+def _of_own_layers(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Without it transformers 5.25 takes norms, activations and more of any model from the hub, if kernels is there."""
+
+    def set_use_kernels(self: Any, use_kernels: Any, *args: Any, **kwargs: Any) -> Any:
+        return function(self, use_kernels and not _opened, *args, **kwargs)
+
+    return set_use_kernels
 
 
 # --- other models -----------------------------------------------------------------------------------------------------

@@ -75,6 +75,7 @@ Reason = tuple[str, Callable[[str], bool]]
 REASONS: dict[str, Reason] = {  # of types that no tiny model can show, each with what shows it
     "evolla": ("reads proteins, not images", lambda kind: "protein_tokenizer" in processor_of(kind)),
     "pi0": ("writes the movements of a robot, not text", lambda kind: not generates(kind)),
+    "pi05": ("writes the movements of a robot, not text", lambda kind: not generates(kind)),
     "udop": ("needs the words of a page and their boxes", lambda kind: "bbox" in inputs_of(kind)),
     "mistral4": ("is a language model, without a tower", lambda kind: "pixel_values" not in inputs_of(kind)),
     "instructblipvideo": (

@@ -4,6 +4,7 @@ What they are compared with is the class itself on the textbook's weights, a loo
 """
 
 import copy
+import inspect
 import math
 import pickle
 from types import SimpleNamespace
@@ -48,6 +49,8 @@ SIZE, INNER, EXPERTS = 32, 16, 5
 SIZES = {"hidden_size": SIZE, "hidden_act": "silu", "n_routed_experts": EXPERTS, "num_local_experts": EXPERTS}
 SIZES |= {"moe_intermediate_size": INNER, "intermediate_size": INNER, "n_shared_experts": 2}
 SIZES |= {"moe_hidden_size": SIZE, "post_norm_eps": 1e-6, "_experts_implementation": "eager"}
+SIZES |= {"swiglu_limits": None, "limit_after_act": False}
+LAYER = [0] if "layer_idx" in inspect.signature(Step3p7Experts).parameters else []  # before transformers 5.25 it is not
 ROUTED = {  # one class per layout
     "qwen3_moe": lambda: Qwen3MoeExperts(
         Qwen3MoeConfig(num_experts=EXPERTS, hidden_size=SIZE, moe_intermediate_size=INNER)
@@ -62,7 +65,7 @@ ROUTED = {  # one class per layout
         NemotronHConfig(n_routed_experts=EXPERTS, hidden_size=SIZE, moe_intermediate_size=INNER)
     ),
     "muse_spark, normed": lambda: MuseSparkExperts(SimpleNamespace(**SIZES)),
-    "step3p7, a loop of its own": lambda: Step3p7Experts(SimpleNamespace(**SIZES)),
+    "step3p7, a loop of its own": lambda: Step3p7Experts(SimpleNamespace(**SIZES), *LAYER),
 }
 DENSE = {
     "llama4, as many tokens for each": lambda: Llama4TextExperts(

@@ -9,6 +9,7 @@ from tests.shared.vl import (
     full_models,
     further_models,
     newer_models,
+    newest_models,
     other_models,
     qwen_models,
     rare_models,
@@ -38,7 +39,7 @@ PLAIN = {  # without
     "git": templateless_models.git,
 }
 NEWER = newer_models.NEWER | other_models.OTHERS | {"blip_caption": templateless_models.blip_caption}  # in slow tests
-OTHERS = further_models.FURTHER | rare_models.RARE | rarest_models.RAREST  # in one slow test
+OTHERS = further_models.FURTHER | rare_models.RARE | rarest_models.RAREST | newest_models.NEWEST  # in one slow test
 BUILDERS = CHAT | PLAIN | NEWER | OTHERS | rarest_models.UNTRAINED | full_models.WHOLE | LANGUAGE_MODELS
 NAMES = (*CHAT, *PLAIN)
 

@@ -3,6 +3,8 @@
 import re
 
 import pytest
+import transformers
+from packaging.version import Version
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from tests.documented.vlm_classes import (
@@ -51,15 +53,19 @@ def test_no_processor_reads_a_clock(tmp_path):
 def test_the_table_names_all_classes_and_the_pages_count_those_that_train():
     page = PAGE.read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(.*?)` \| `(.*?)` \| (yes|no) \|", page, re.M)
-    assert {kind: name for kind, name, _ in rows} == dict(CLASSES)
+    listed = {kind: name for kind, name, _ in rows}
+    (version,) = re.findall(r"that transformers (\S+) has", page)
+    if Version(transformers.__version__) == Version(version):
+        assert listed == dict(CLASSES)
+    else:  # an older transformers lacks some, and a newer one has more
+        assert listed.items() >= {kind: name for kind, name in CLASSES.items() if kind in listed}.items()
     assert ALIASES.keys() <= CLASSES.keys()
     assert MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.items() <= CLASSES.items()
     assert {"Phi4MultimodalForCausalLM", "BlipForQuestionAnswering"} <= set(CLASSES.values())
     count = sum(trains == "yes" for _, _, trains in rows)
     videos = sum(map(takes_videos, page.splitlines()))
-    (version,) = re.findall(r"that transformers (\S+) has", page)
-    assert page.startswith(HEAD.format(total=len(CLASSES), version=version, count=count, videos=videos))
+    assert page.startswith(HEAD.format(total=len(rows), version=version, count=count, videos=videos))
     models = (PAGE.parent / "vlm.md").read_text(encoding="utf-8")
     assert f"[{videos} of the classes]" in (PAGE.parent / "vlm_data.md").read_text(encoding="utf-8")
     first = models.split("\n\n")[1].split(". ")[0]
-    assert f"{count} of its {len(CLASSES)} kinds" in " ".join(first.split())
+    assert f"{count} of its {len(rows)} kinds" in " ".join(first.split())
