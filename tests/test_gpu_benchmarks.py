@@ -1,4 +1,4 @@
-"""`make gpu` on a processor: every entry runs, tiny; what is missing is said, and what fails stops nothing else."""
+"""`make gpu` on a CPU: every entry runs, tiny; what is missing is said, and what fails stops nothing else."""
 
 import csv
 import re

@@ -1,4 +1,4 @@
-"""The comparisons of `make gpu` in other projects' forms, on a processor, and the page of their tables."""
+"""The comparisons of `make gpu` in other projects' forms, on a CPU, and the page of their tables."""
 
 import csv
 import json

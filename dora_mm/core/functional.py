@@ -319,7 +319,7 @@ def any_nonzero(t: Tensor) -> bool:
     """Whether any entry differs from 0; waits for the device."""
     if t.device.type != "cpu":
         return bool(t.any())  # one wait instead of two
-    smallest, largest = t.aminmax()  # five times faster on a processor than any()
+    smallest, largest = t.aminmax()  # five times faster on a CPU than any()
     return smallest.item() != 0 or largest.item() != 0
 
 

@@ -162,7 +162,7 @@ def _of_bitsandbytes(layer: nn.Linear, name: str) -> nn.Module:
         found.weight = modules.Int8Params(W, requires_grad=False, has_fp16_weights=False)
     else:
         found.weight = modules.Params4bit(W, quant_type=name, module=found)  # which keeps the scales, too
-        found.support_avx512bf16_for_cpu = False  # evaluated on a processor it would round its scales for good
+        found.support_avx512bf16_for_cpu = False  # evaluated on a CPU it would round its scales for good
     found.bias = layer.bias
     return found
 

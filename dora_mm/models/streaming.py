@@ -13,7 +13,7 @@ from dora_mm.core import TargetMap
 from dora_mm.core.targets import blocks_of
 from dora_mm.core.wrappers.streaming import is_streamed, streamed_tensors
 
-NOTHING = "does nothing on a processor, where all weights are in main memory anyway"
+NOTHING = "does nothing on a CPU, where all weights are in main memory anyway"
 RESERVED = 1.0e9  # bytes of a GPU that its libraries take
 TOGETHER = 2  # blocks of which a device holds the weights at once: that which computes, and the next
 
@@ -95,7 +95,7 @@ def needed_on(device: torch.device, total: float, sizes: Sequence[int]) -> Amoun
 def blocks_to_stream(
     network: nn.Module, targets: TargetMap | None, amount: Amount, device: torch.device
 ) -> list[nn.Module]:
-    """The blocks of a network that wait; none on a processor, where all weights are in main memory anyway."""
+    """The blocks of a network that wait; none on a CPU, where all weights are in main memory anyway."""
     if device.type in ("cpu", "meta") or any(map(is_streamed, network.modules())):
         return []
     blocks = streamable_blocks(network, targets)

@@ -188,7 +188,7 @@ def torch_gradients(
 def blocks(op: Op, casts: bool, *tensors: Tensor) -> Sequence[tuple[Tensor, ...]]:
     """Tensors with the same tokens, the largest first; of a Linear as (T, ...).
 
-    Where they are cast on a processor, they come in blocks that stay in its cache: to allocate pages for a tensor of
+    Where they are cast on a CPU, they come in blocks that stay in its cache: to allocate pages for a tensor of
     2048 x 1280 in fp32 takes as long as a third of the layer's product in bf16.
     """
     if op.feature_dim != -1:

@@ -66,21 +66,19 @@ class FuseReport:
         ]
         if not self.fused:
             return "\n".join(f"nothing to fuse: {line}" for line in stock)
-        at_times = [adapter for some in self.at_times.values() for adapter in some]
-        always = [adapter for adapter in self.fused if adapter not in at_times]
-        lines = [f"DoRA of {shown(always)} runs fused"] if always or not at_times else []
-        lines += [
-            f"DoRA of {shown(some)} runs fused, except that PEFT's own code runs with {why}"
-            for why, some in self.at_times.items()
-        ]
+        lines = [f"DoRA runs fused in {shown(self.fused)}"]
+        lines += [f"  {shown(some)} of these: PEFT's own code runs {why}" for why, some in self.at_times.items()]
         if self.with_dropout:
             lines.append(f"  {shown(self.with_dropout)} of these have {DROPOUT}")
         return "\n".join([*lines, *stock, "Adapters that are added later stay PEFT's until fuse_peft is called again."])
 
 
 def shown(adapters: Sequence[tuple[str, str]]) -> str:
-    """How many layers, and by the last names of their paths."""
-    names = Counter(path.split(".")[-1] for path, _ in adapters)
+    """How many layers, and by the last names of their paths; by the last two where one name has several parents."""
+    last = [tuple(path.split(".")[-2:]) for path, _ in adapters]
+    parents = {name: {each[0] for each in last if each[-1] == name} for *_, name in last}
+    ambiguous = {name for name, own in parents.items() if name.isdigit() or len(own) > 1}
+    names = Counter(".".join(each) if each[-1] in ambiguous else each[-1] for each in last)
     text = ", ".join(f"{count} {name}" for name, count in names.items())
     return f"{len(adapters)} layer{'s' * (len(adapters) != 1)}" + (f" ({text})" if text else "")
 

@@ -21,12 +21,12 @@ from dora_mm.core.wrappers.quantized import dequantized
 from dora_mm.peft.formula import RowFactors, Scaled, output, prepared, row_factors, runs_in_triton, with_products
 
 DTYPES = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
-PADS = "dropout in training over a convolution whose padding is not zeros, where PEFT's own product pads with zeros"
+PADS = "with dropout in training over a convolution whose padding is not zeros, where PEFT's own product pads with zeros"
 NOT_AT_HAND = (
-    "parameters that are sharded (but not where FSDP2 gathers them for the pass), offloaded, parametrized, in float8, "
+    "with parameters that are sharded (but not where FSDP2 gathers them for the pass), offloaded, parametrized, in float8, "
     "or of an unknown class"
 )
-HOOKS = "hooks on lora_A, lora_B or lora_magnitude_vector, which a fused pass would not call as PEFT's does"
+HOOKS = "with hooks on lora_A, lora_B or lora_magnitude_vector, which a fused pass would not call as PEFT's does"
 
 
 class PassTensors(NamedTuple):
@@ -81,7 +81,7 @@ def num_weights(A: Tensor, B: Tensor) -> int:
 
 
 def crossing(dtype: torch.dtype, tokens: int) -> int:
-    """The number of weights from which on a fused pass that computes its norms is faster than PEFT's, on a processor.
+    """The number of weights from which on a fused pass that computes its norms is faster than PEFT's, on a CPU.
 
     It errs on PEFT's side: on one thread of two AMD EPYC, Zen 4 (with AVX-512, and limited to AVX2) and Zen 5, no pass
     above it takes more than 1.01 times PEFT's (tests/benchmarks/results/crossing).
@@ -104,8 +104,11 @@ def small_passes(found: PassTensors) -> str | None:
     if size >= crossing(dtype, 1):
         return None
     fused_from = next((tokens for tokens in (256, 1024) if size >= crossing(dtype, tokens)), None)
-    tokens = f"fewer than {fused_from:,} tokens" if fused_from else "any number of tokens"
-    return f"{tokens} in training on a processor{under}, where it is as fast for layers this small"
+    passes = f"in training passes of fewer than {fused_from:,} tokens" if fused_from else "in training passes"
+    return (
+        f"{passes} on a CPU{under}, where it is as fast for layers this small. Evaluation, GPUs and fixed_norms run them "
+        "fused"
+    )
 
 
 def has_zero_rows(found: PassTensors) -> bool:

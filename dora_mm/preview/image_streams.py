@@ -32,7 +32,7 @@ def stream_amounts(
     images: Sequence[CaptionedImage],
     class_images: Sequence[CaptionedImage],
 ) -> Amounts:
-    """How much of the denoiser and of each text encoder waits in main memory; nothing on a processor.
+    """How much of the denoiser and of each text encoder waits in main memory; nothing on a CPU.
 
     Args:
         config: The config.

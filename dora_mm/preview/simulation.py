@@ -74,7 +74,7 @@ class Machine:
     """The hardware and precision that a step is simulated for.
 
     Attributes:
-        is_gpu: A GPU, where other operations are autocast than on a processor.
+        is_gpu: A GPU, where other operations are autocast than on a CPU.
         dtype: The dtype of autocast; None: there is none.
         triton: Linear layers run in Triton, as they do on usual GPUs.
     """

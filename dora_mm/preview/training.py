@@ -19,7 +19,7 @@ from dora_mm.utils.losses import LossSum
 from dora_mm.utils.messages import raised_by_us
 from dora_mm.utils.progress import Progress, duration
 
-LARGE = 500_000_000  # parameters; a training step of a model this large takes minutes on a processor
+LARGE = 500_000_000  # parameters; a training step of a model this large takes minutes on a CPU
 LONG = 5e11  # parameters times tokens of a batch; some 3e12 operations, half a minute on two cores
 SLOWER = 4.0  # half precision that is this much slower than float32 is emulated: 16 times slower where it was measured
 BUDGET = 20.0  # seconds after which no further step is measured
@@ -132,7 +132,7 @@ def measure_accumulated(
 
 
 def _peak_memory(device: torch.device) -> tuple[int, int]:
-    """The allocated GPU memory and its peak since the last call, in bytes; zeros on a processor."""
+    """The allocated GPU memory and its peak since the last call, in bytes; zeros on a CPU."""
     if device.type != "cuda":
         return 0, 0
     torch.cuda.synchronize(device)

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 def stream_amount(
     config: TrainVLConfig, model: VLModel, trained: TrainedNetworks, accelerator: Accelerator
 ) -> Amount | None:
-    """How much of the main network waits; None: nothing, as on a processor.
+    """How much of the main network waits; None: nothing, as on a CPU.
 
     Args:
         config: The config.

@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.bench_host [--label NAME] [--repeats N] [--rounds N] [--output FOLDER]
 
-`gpu`: layers of 16 x 16 in bf16 on a processor, whose arithmetic does not count. Of ours the path of a GPU runs, with
+`gpu`: layers of 16 x 16 in bf16 on a CPU, whose arithmetic does not count. Of ours the path of a GPU runs, with
 our launches left out: a Triton kernel does nothing, and the vendor's product only allocates. On a GPU each launch costs
 some ten microseconds more, PEFT's and ours alike. `cpu`: small layers in fp32 in plain torch, with all they do.
 PEFT's layer after `fuse_peft` is measured with norms that each pass computes, and inside `fixed_norms`.
@@ -51,7 +51,7 @@ class Launch:
 
 @contextlib.contextmanager
 def without_launches(*, vendor: bool) -> Iterator[Forward]:
-    """Yields the forward function of a GPU, which runs on a processor and leaves our launches out.
+    """Yields the forward function of a GPU, which runs on a CPU and leaves our launches out.
 
     Args:
         vendor: Whether it takes the vendor's product and a pass, or our one kernel.

@@ -131,7 +131,7 @@ def compiled(build: Build, compiler: str = "inductor") -> Build:
 
 
 def can_compile(device: torch.device | str = "cpu") -> bool:
-    """Whether torch.compile works; it needs a C++ compiler on a processor, and Triton on a GPU."""
+    """Whether torch.compile works; it needs a C++ compiler on a CPU, and Triton on a GPU."""
     try:
         torch.compile(torch.square)(torch.ones(2, device=device))
     except Exception as error:  # whatever is missing on this machine: it runs without compiled peers

@@ -60,13 +60,13 @@ TAIL = """
 python -m tests.benchmarks.gpu.published.inputs FOLDER   # models and data of PEFT's comparison, 30 GB
 make gpu ONLY="images metamath" INPUTS=FOLDER            # hours: each training has its file when it is finished
 make gpu ONLY=automodel                                  # random weights: 20 minutes, 80 GB of GPU memory
-make gpu ONLY="images metamath automodel" DRY=1          # tiny models on a processor
+make gpu ONLY="images metamath automodel" DRY=1          # tiny models on a CPU
 python -m tests.documented.gpu_tables
 ```
 
 The same command continues with what has no result yet. Result files have the form of PEFT's, whose own
 `method_comparison/processing.py` reads them; `package_info` names the release and commit of dora_mm, too. With the tiny
-models on a processor, losses, scores and counts equal those of PEFT's own scripts (at 5d602fdbf): of MetaMathQA in
+models on a CPU, losses, scores and counts equal those of PEFT's own scripts (at 5d602fdbf): of MetaMathQA in
 every bit, of images within 5e-8.
 """
 Row = list[str]

@@ -132,9 +132,9 @@ thinkers train, and BLIP for questions.
 
 Losses are computed from the hidden states of the tokens with loss alone, in chunks. These classes scale, cap, mask or
 widen their logits, so they compute all logits of these tokens at once, which takes more [memory](vlm.md#memory):
-`chameleon`, `cohere_compass`, `gemma3n`, `granite4_vision`, `granite_docling`, `hyperclovax_vision_v2`, `inkling2`,
-`inkling2_loop`, `inkling_mm_model`, `mistral_large4`, `muse_glimmer`, `muse_spark`, `nemotron_h_omni`, `paligemma`, and
-all whose config sets `final_logit_softcapping`.
+`aya_vision`, `chameleon`, `cohere_compass`, `gemma3n`, `granite4_vision`, `granite_docling`, `hyperclovax_vision_v2`,
+`inkling2`, `inkling2_loop`, `inkling_mm_model`, `mistral_large4`, `muse_glimmer`, `muse_spark`, `nemotron_h_omni`,
+`paligemma`, and all whose config sets `final_logit_softcapping`.
 
 No processor or tokenizer of transformers reads a clock in its own Python: the sources of all were searched. Chat
 templates that ask for the day get [that of the run](vlm_data.md#the-day).

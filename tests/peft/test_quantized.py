@@ -45,7 +45,7 @@ def adapted(kind, **settings):
         model = peft.get_peft_model(Net(base, kind if base is layer else ""), config, adapter_name="0")
         model.add_adapter("1", config)
         models.append(model)
-    if kind == "int8":  # on a processor, the norms of a fresh adapter of PEFT lose the scales
+    if kind == "int8":  # on a CPU, the norms of a fresh adapter of PEFT lose the scales
         layer.weight.CB = layer.weight.SCB = None
     models[1].load_state_dict({k: v for k, v in models[0].state_dict().items() if "lora" in k}, strict=False)
     for model in models:

@@ -30,7 +30,7 @@ def test_a_machine_without_a_gpu(capsys, monkeypatch):
     found = lines(capsys)
     assert found["gpu"].startswith("gpu       none")
     assert found["recipe sdxl"].endswith(
-        "needs a GPU of some 8 GB (an estimate); on a processor configs/sdxl/tiny_3d_icon.yaml"
+        "needs a GPU of some 8 GB (an estimate); on a CPU configs/sdxl/tiny_3d_icon.yaml"
     )
     assert {"python", "machine", "torch", "packages", "recipe vlm"} <= set(found)
 

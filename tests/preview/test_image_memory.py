@@ -1,4 +1,4 @@
-"""The memory of trainings on images without a step, beside the measured peak of a step on a processor."""
+"""The memory of trainings on images without a step, beside the measured peak of a step on a CPU."""
 
 import re
 import shutil

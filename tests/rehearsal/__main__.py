@@ -31,7 +31,7 @@ class Model:
         build: Writes it to a folder.
         tiny: Writes a small one of the same kind; None: there is none.
         stages: The commands, by a size of images in pixels.
-        side: That size on a processor; a GPU takes 1,024.
+        side: That size on a CPU; a GPU takes 1,024.
         settings: What is said of the training in the page.
     """
 
@@ -67,7 +67,7 @@ def questions(*settings: str) -> Callable[[int], list[Stage]]:
 
 TEXT_ENCODERS = {"text encoders, too": ["adapter.parts=[unet.attn,unet.cross,text_encoders.attn]"]}
 IN_BFLOAT16 = {"weights in bfloat16": ["model.quantization=null", "adapter.cache=norms"]}  # keeps no W'
-STAYS = ("memory.stream=null", "memory.stream_text=null")  # on a processor nothing waits, and a dry run is for GPUs
+STAYS = ("memory.stream=null", "memory.stream_text=null")  # on a CPU nothing waits, and a dry run is for GPUs
 CACHED = (*STAYS, "data.text_cache=texts", "model.quantization=null", "adapter.cache=norms")
 NO_FLOAT8 = ("model.quantization=null", "adapter.cache=weights")
 MODELS = {
@@ -96,7 +96,7 @@ MODELS = {
         None,
         images("sdxl", "model/sd_xl_base_1.0.safetensors"),
         256,
-        "As `new` writes it on a processor: the UNet in float8, one image of {side} px a step, with checkpointing.",
+        "As `new` writes it on a CPU: the UNet in float8, one image of {side} px a step, with checkpointing.",
     ),
     "z_image": Model(
         "Z-Image, in bfloat16",

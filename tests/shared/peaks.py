@@ -1,4 +1,4 @@
-"""The memory that a computation takes on a processor, from the allocations that torch's profiler records."""
+"""The memory that a computation takes on a CPU, from the allocations that torch's profiler records."""
 
 from collections.abc import Callable
 from typing import Any

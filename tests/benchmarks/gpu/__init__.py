@@ -3,7 +3,7 @@
     make gpu                                      # or: python3 -m tests.benchmarks.gpu
     make gpu ONLY="trial block"                   # some of the entries
     make gpu SECONDS=600                          # in less time: the last entries are left out
-    make gpu DRY=1                                # every entry, tiny, on a processor: only whether it works
+    make gpu DRY=1                                # every entry, tiny, on a CPU: only whether it works
     make gpu ONLY="metamath images" INPUTS=FOLDER # trainings that take hours, which run only where they are named
 
 It installs nothing, and leaves out what needs a package that is not there. Each entry runs in a process of its own, so
@@ -110,7 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
         os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which nothing here has done yet
         given.output = given.output or Path(tempfile.mkdtemp(prefix="gpu-dry-"))
     elif problem := no_gpu():
-        print(f"make gpu: {problem}; DRY=1 tries every entry on a processor", file=sys.stderr)
+        print(f"make gpu: {problem}; DRY=1 tries every entry on a CPU", file=sys.stderr)
         return 2
     return run_here(chosen[0], given) if len(chosen) == 1 else run_all(chosen, given)
 
@@ -125,7 +125,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     names = [entry.name for entry in ENTRIES]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("entries", nargs="*", help=f"{', '.join(names)}; default: all that are short")
-    parser.add_argument("--dry", action="store_true", help="every entry tiny, on a processor")
+    parser.add_argument("--dry", action="store_true", help="every entry tiny, on a CPU")
     parser.add_argument(
         "--seconds", type=float, help="the time of all entries together; default: 1200, or that of the named ones"
     )

@@ -94,7 +94,7 @@ def step(decoder: Decoder, x: Tensor) -> None:
 
 
 def peak_of(run: Run, decoder: Decoder, x: Tensor) -> int:
-    """The bytes that a step takes beyond what the other decoders have on the card; 0 on a processor."""
+    """The bytes that a step takes beyond what the other decoders have on the card; 0 on a CPU."""
     if run.device.type != "cuda":
         step(decoder, x)
         return 0

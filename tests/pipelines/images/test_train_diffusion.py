@@ -563,7 +563,7 @@ def test_a_dry_run_with_a_hub_model_that_is_not_here_describes_the_data(config, 
     assert "owner/nothing is not on this machine: modules, memory and time are left out" in printed
 
 
-REFUSED = (  # why, for a training in one process on a processor
+REFUSED = (  # why, for a training in one process on a CPU
     "output RUN exists already: choose another folder",
     "train.track: wandb needs the package wandb: pip install wandb",
     "optimizer.name adamw_8bit needs a GPU",

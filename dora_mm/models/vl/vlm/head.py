@@ -25,7 +25,8 @@ CHUNK = 1 << 24  # logits that are computed at once
 # Types whose classes go on with the logits of their head: they scale or mask them, or leave out columns. So do those
 # that have a cap, of Gemma and others.
 SHAPE_LOGITS = (
-    *("chameleon", "cohere", "cohere2", "cohere2_moe", "cohere_compass", "cohere_compass_text", "falcon_h1"),
+    *("aya_vision", "chameleon", "cohere", "cohere2", "cohere2_moe", "cohere_compass", "cohere_compass_text"),
+    "falcon_h1",
     *("granite", "granite4_vision", "granite_docling", "granite_swa", "granitemoe", "granitemoe_swa"),
     *("granitemoehybrid", "granitemoeshared", "hyperclovax", "hyperclovax_vision_v2", "inkling2", "inkling2_loop"),
     *("inkling2_loop_text", "inkling2_text", "inkling_mm_model", "inkling_text", "muse_glimmer", "muse_spark"),
