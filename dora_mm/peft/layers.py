@@ -21,10 +21,10 @@ from dora_mm.core.wrappers.quantized import dequantized
 from dora_mm.peft.formula import RowFactors, Scaled, output, prepared, row_factors, runs_in_triton, with_products
 
 DTYPES = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
-PADS = "with dropout in training over a convolution whose padding is not zeros, where PEFT's own product pads with zeros"
+PADS = "with dropout in training over a convolution whose padding is not zeros, where PEFT's product pads with zeros"
 NOT_AT_HAND = (
-    "with parameters that are sharded (but not where FSDP2 gathers them for the pass), offloaded, parametrized, in float8, "
-    "or of an unknown class"
+    "with parameters that are sharded (but not where FSDP2 gathers them for the pass), offloaded, parametrized, in "
+    "float8, or of an unknown class"
 )
 HOOKS = "with hooks on lora_A, lora_B or lora_magnitude_vector, which a fused pass would not call as PEFT's does"
 
@@ -106,8 +106,8 @@ def small_passes(found: PassTensors) -> str | None:
     fused_from = next((tokens for tokens in (256, 1024) if size >= crossing(dtype, tokens)), None)
     passes = f"in training passes of fewer than {fused_from:,} tokens" if fused_from else "in training passes"
     return (
-        f"{passes} on a CPU{under}, where it is as fast for layers this small. Evaluation, GPUs and fixed_norms run them "
-        "fused"
+        f"{passes} on a CPU{under}, where it is as fast for layers this small. Evaluation, GPUs and fixed_norms run "
+        "them fused"
     )
 
 

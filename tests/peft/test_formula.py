@@ -250,8 +250,8 @@ def test_small_layers_run_pefts_own_passes_in_training(monkeypatch):
     report = fuse_peft(ours)
     assert report.fused == [("base_model.model.layer", "0")]
     assert str(report).startswith(
-        "DoRA runs fused in 1 layer (1 layer)\n  1 layer (1 layer) of these: PEFT's own code runs in training passes of "
-        "fewer than 1,024 tokens on a CPU"
+        "DoRA runs fused in 1 layer (1 layer)\n"
+        "  1 layer (1 layer) of these: PEFT's own code runs in training passes of fewer than 1,024 tokens on a CPU"
     )
     assert torch.equal(ours(few), theirs(few))
     assert not torch.equal(ours(many), theirs(many))

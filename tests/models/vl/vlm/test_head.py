@@ -110,7 +110,8 @@ def test_losses_and_gradients_are_those_of_all_logits(name, in_chunks, tiny_vlm,
 def test_losses_and_gradients_of_every_class(kind, tmp_path_factory, monkeypatch):
     folder = tmp_path_factory.getbasetemp() / "classes"
     folder.mkdir(exist_ok=True)
-    (listed,) = re.findall(r"compute all logits of these tokens at once, .*?:\n(.*?)\n\n", PAGE.read_text(encoding="utf-8"), re.S)
+    page = PAGE.read_text(encoding="utf-8")
+    (listed,) = re.findall(r"compute all logits of these tokens at once, .*?:\n(.*?)\n\n", page, re.S)
     assert check(built(named(kind), folder), images_in(folder), monkeypatch) == (f"`{kind}`" not in listed)
 
 
