@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from dora_mm.config import find_path, run_name
+from dora_mm.config.images import TrainDiffusionConfig
 from dora_mm.config.importing import Translation, translate
 from dora_mm.config.models import VLMModelConfig
 from dora_mm.config.vl import TrainVLConfig
@@ -35,6 +36,7 @@ def main(file: Path, *, output: str | None = None) -> None:
     leave_out_sizes(translation)
     if translation.part_of_epochs:
         put_steps(translation)
+    put_steps_between(translation)
     evaluation = target.with_name(f"{target.stem}_eval.yaml")
     if target.exists():  # the last to appear
         raise ValueError(f"{target} exists already: --output NEW.yaml names a new file")
@@ -47,6 +49,8 @@ def main(file: Path, *, output: str | None = None) -> None:
             (folder / path.name).write_text(text, encoding="utf-8")
     for title, lines in translation.report().items():
         print(f"{title}:", *(f"  {line}" for line in lines), sep="\n")
+    if translation.values.get("adapter.method") == "lora":
+        print("method    lora, as before; for DoRA set adapter.method: dora in the new file")
     print(f"written   {', '.join(map(str, texts))}\nnext\n  dora-mm train {quoted(target)} --dry-run")
     if evaluation in texts:
         print(f"  dora-mm eval {quoted(evaluation)}   # after the training: the score of its validation rows")
@@ -105,6 +109,30 @@ def put_steps(translation: Translation) -> None:
         else f"{rows:,} rows"
     )
     translation.differs(f"{key} is {epochs:g}: train.steps is {steps}, for {of}.")
+
+
+def put_steps_between(translation: Translation) -> None:
+    """Puts in steps what another trainer does every so many epochs, where its images can be counted."""
+    if not translation.every_epochs:
+        return
+    from dora_mm.train.epochs import views_per_epoch
+
+    values = translation.values
+    try:
+        config = None if translation.missing else translation.config()
+        views = views_per_epoch(config.data) if isinstance(config, TrainDiffusionConfig) else None
+    except ValueError:  # the dry run says what is wrong with the images
+        views = None
+    for ours, (key, epochs) in translation.every_epochs.items():
+        if ours == "sample.every" and "sample.prompts" not in values:
+            translation.has_no_equal(key, epochs, "sample.prompts is empty")
+            continue
+        if views is None:
+            reason = f"{ours} counts steps: give {epochs} x images x repeats / batch size"
+            translation.has_no_equal(key, epochs, reason)
+            continue
+        per_step = int(values["train.batch_size"]) * int(values.get("train.gradient_accumulation_steps", 1))
+        translation.put(ours, epochs * math.ceil(views / per_step), f"{key} {epochs}")
 
 
 def num_rows(translation: Translation) -> tuple[int, int] | None:

@@ -111,6 +111,8 @@ def wrong(error: float) -> str:
     """An error in words."""
     if not math.isfinite(error):
         return "some values are not finite"
+    if f"{error:.2g}" == "1":
+        return "unusable, as far off as without the adapter"
     if error > 1:
         return "unusable, further off than without the adapter"
     return f"off by {max(error, 0.001):.1%} of the change"

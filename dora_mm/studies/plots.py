@@ -15,7 +15,7 @@ from dora_mm.studies.variants import NAMES, Variant
 
 SIDE = 3.2  # inches of a panel
 CROWDED = 4  # curves; a legend of more stands beside the panel
-MANY_DECADES = 2  # of learning rates, with which the numbers below an axis would overlap
+MANY_RATES = 8  # the numbers of more would overlap below an axis
 
 
 def plot_patterns(
@@ -88,11 +88,10 @@ def plot_curves(
         ModuleNotFoundError: matplotlib is not installed.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FixedLocator, FormatStrFormatter, LogLocator, NullFormatter
 
     ranks = sorted({variant.rank for variant in curves if variant.rank}) or [None]
-    rates = [rate for curve in curves.values() for rate in curve.points]
-    num_decades = np.log10(max(rates) / min(rates))
+    rates = sorted({rate for curve in curves.values() for rate in curve.points})
     columns = min(3, len(ranks))
     rows = -(-len(ranks) // columns)
     figure = Figure(figsize=(0.6 + 1.3 * SIDE * columns, 0.6 + SIDE * rows), layout="constrained")
@@ -103,7 +102,7 @@ def plot_curves(
                 label = ", ".join(filter(None, [NAMES[variant.method], variant.setting]))
                 _plot_curve(panel, curve, label, with_band=variant == band_of)
         panel.set_xscale("log")
-        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if num_decades < MANY_DECADES else (1, 3)))
+        panel.xaxis.set_major_locator(FixedLocator(rates) if len(rates) <= MANY_RATES else LogLocator(subs=(1, 3)))
         panel.xaxis.set_major_formatter(FormatStrFormatter("%g"))
         panel.xaxis.set_minor_formatter(NullFormatter())
         panel.set_title(f"rank {rank}" if rank else "", fontsize="medium")

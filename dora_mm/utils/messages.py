@@ -5,6 +5,8 @@ import re
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
+from logging import Logger
 
 OURS = ("dora_mm", "samples")  # the top-level packages of our own code; samples/build exists in a checkout only
 # What a terminal obeys or does not show: control characters, among them line breaks, and what turns the direction of
@@ -80,6 +82,12 @@ def raised_by_us(error: Exception) -> bool:
 def is_ours(module: str) -> bool:
     """Whether a module is one of our own packages."""
     return module.partition(".")[0] in OURS
+
+
+@cache
+def log_once(log: Logger, text: str) -> None:
+    """Logs what is true of a file, however often it is read."""
+    log.info("%s", text)
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -170,7 +170,7 @@ def test_the_trainer(tmp_path, norms, capsys):
     assert found == pytest.approx(expected, abs=2e-4)
     assert expected[-1] < expected[0]
     assert len(callback.report.fused) == layers
-    assert "DoRA of 14 layers (2 q_proj, 2 k_proj" in capsys.readouterr().out
+    assert "DoRA runs fused in 14 layers (2 q_proj, 2 k_proj" in capsys.readouterr().out
     ours.save_pretrained(tmp_path / "adapter")
     plain = peft.PeftModel.from_pretrained(tiny_llama().unload(), tmp_path / "adapter")
     ids = rows(2)[0]["input_ids"][None]

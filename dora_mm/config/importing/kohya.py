@@ -36,6 +36,7 @@ CAPTIONS = {
     "flip_aug": "data.flip",
 }
 
+DEFAULTS = {"steps": 30, "guidance": 7.5}  # of a line of prompts, of kohya's train_util.py
 SHARED: dict[str, Callable[[Any], tuple[str, Any]]] = {  # settings of a line of prompts that contact sheets have
     "negative_prompt": lambda text: ("sample.negative_prompt", text),
     "steps": lambda text: ("sample.steps", int(text)),
@@ -112,7 +113,7 @@ def _kohya_network(foreign: Foreign, found: Translation) -> None:
 
 def _kohya_parts(foreign: Foreign, found: Translation, *, has_conv: bool) -> None:
     """The parts of SDXL that networks.lora adapts, the text encoders at their own rate."""
-    parts: dict[str, Any] = dict.fromkeys([*UNET, *(["unet.conv"] if has_conv else [])])
+    parts: dict[str, Any] = {name: {} for name in (*UNET, *(["unet.conv"] if has_conv else []))}
     rate = foreign.take("text_encoder_lr")
     rate = number_of(rate[0] if isinstance(rate, list) else rate)
     unet_only = foreign.flag("network_train_unet_only") or rate == 0
@@ -120,9 +121,9 @@ def _kohya_parts(foreign: Foreign, found: Translation, *, has_conv: bool) -> Non
         rate = None  # which would refuse the parts
         found.differs("text_encoder_lr: prodigy finds one rate for all parts here.")
     if not unet_only:
-        parts |= {name: None if rate is None else {"lr": rate} for name in TEXT_ENCODERS}
+        parts |= {name: {} if rate is None else {"lr": rate} for name in TEXT_ENCODERS}
     if foreign.flag("network_train_text_encoder_only"):
-        parts = dict.fromkeys(TEXT_ENCODERS)
+        parts = {name: {} for name in TEXT_ENCODERS}
     found.put(
         "adapter.parts", parts if any(parts.values()) else list(parts), "network_train_unet_only, text_encoder_lr"
     )
@@ -155,8 +156,8 @@ def _kohya_data(foreign: Foreign, found: Translation) -> None:
         found.put("data.crop", "random", "random_crop")
     if (share := number_of(foreign.take("validation_split"))) is not None:
         found.put("data.valid.share", share or None, "validation_split")
-    if foreign.take("caption_dropout_rate") or found.values.get("data.caption_dropout"):
-        found.put("data.caption_dropout", found.values.get("data.caption_dropout"))
+    found.take(foreign, {"caption_dropout_rate": "data.caption_dropout"})
+    if found.values.get("data.caption_dropout"):
         found.differs(
             "A dropped caption is zeros here; with model.sdxl.unconditional: empty it is the encoded empty text."
         )
@@ -247,8 +248,7 @@ def _kohya_samples(foreign: Foreign, found: Translation) -> None:
         found.has_no_equal("clip_skip", clip_skip, "SDXL always takes the second to last layer, also there")
     for theirs, ours in (("sample_every_n_epochs", "sample.every"), ("save_every_n_epochs", "train.checkpoint_every")):
         if (epochs := foreign.take(theirs)) is not None:
-            reason = f"{ours} counts steps: give {epochs} x images x repeats / batch size"
-            found.has_no_equal(theirs, epochs, reason)
+            found.every_epochs[ours] = (theirs, int(epochs))
 
 
 def _kohya_prompts(lines: Sequence[str], file: str, found: Translation) -> None:
@@ -256,11 +256,13 @@ def _kohya_prompts(lines: Sequence[str], file: str, found: Translation) -> None:
     try:
         rows = [of_line(line) for line in lines]
         found.put("sample.prompts", [row.pop("prompt", "").strip() for row in rows], "sample_prompts")
+        given = {column for row in rows for column in row}
+        rows = [DEFAULTS | row for row in rows]
         separate = []
         for column in dict.fromkeys(column for row in rows for column in row):
             values = {row.get(column) for row in rows}
             if len(values) == 1 and column in SHARED:
-                found.put(*SHARED[column](values.pop()), file)
+                found.put(*SHARED[column](values.pop()), file if column in given else "default of kohya's scripts")
             else:
                 separate.append(column)
     except ValueError as error:

@@ -22,6 +22,7 @@ MISSING = "is missing"  # in messages about keys that have to be given
 WIDTH = 117  # of a line of comments
 WITH_A_REASON = {
     "trust_remote_code": "no code from a model's folder is ever run; models are those that transformers has itself",
+    "sample_sampler": "contact sheets use the model's own scheduler; `dora-mm sample` takes `scheduler`",
     "output_dir": "runs go to runs/NAME/001 and so on; `output` names another folder",
 }
 PATHS = {  # keys whose values may be files or folders beside the other config
@@ -42,6 +43,7 @@ class Translation:
         without_equal: The other trainer's keys that have none here, with their values and a reason, which may be empty.
         not_needed: The other trainer's keys that have no effect on what is trained.
         missing: Our keys that have to be given, which the other config does not say.
+        every_epochs: The key and the number of epochs, by our dotted key, which counts steps.
         part_of_epochs: The key and the number of epochs, where that is no whole number; None: it is one.
     """
 
@@ -53,6 +55,7 @@ class Translation:
         self.without_equal: list[tuple[str, Any, str]] = []
         self.not_needed: list[str] = []
         self.missing: list[str] = []
+        self.every_epochs: dict[str, tuple[str, int]] = {}
         self.part_of_epochs: tuple[str, float] | None = None
 
     def put(self, key: str, value: Any, source: str = "") -> None:
@@ -94,7 +97,7 @@ class Translation:
                 self.has_no_equal(key, value, WITH_A_REASON[key])
         for key, value in foreign.left.items():
             if value not in (None, "", False, [], {}):
-                self.has_no_equal(key, value)
+                self.has_no_equal(key, value, WITH_A_REASON.get(key, ""))
         self._differs_without_gpu()
         for key in PATHS & self.values.keys():
             self.values[key] = _located(self.values[key], foreign)

@@ -279,7 +279,7 @@ def _put_sources(found: Translation, sources: Sequence[dict[str, Any]], key: str
     sources = [{"format": form, **each} for each in sources]
     if sources:
         for name, value in sources[0].items():
-            found.put(f"data.train.{name}", value, key if name == "file" else "")
+            found.put(f"data.train.{name}", value, {"file": key, "limit": "max_samples"}.get(name, ""))
         if "images" not in sources[0] and found.trainer != "llama-factory":  # whose paths start in media_dir
             found.differs("Image paths in the rows start in the folder data.train.images. Add it if they are relative.")
     found.put("data.more", sources[1:] or None, key)

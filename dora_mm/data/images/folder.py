@@ -38,6 +38,7 @@ from dora_mm.data.images.pixels import load_rgb
 from dora_mm.data.images.references import ReferenceFiles, ReferenceImage, read_reference
 from dora_mm.utils.digest import file_digest
 from dora_mm.utils.folders import REFUSED, Links
+from dora_mm.utils.messages import log_once
 from dora_mm.utils.progress import tracked
 from dora_mm.utils.shell import quoted
 
@@ -417,9 +418,9 @@ def _log_notes(entries: Sequence[Path], images: list[CaptionedImage], deeper: Se
         log.warning("%s has %s %s, and is not used: %s", folder, _AS_MASKS, masked, _USING_MASKS)
     if unread := [path for path in deeper if path.parent not in masks]:
         log.warning("%s not used, because in subfolders: data.subfolders=true reads these, too", _counted(unread))
-    repeated = Counter((image.path.parent.name, image.repeats) for image in images if image.repeats != 1)
-    for (name, repeats), count in sorted(repeated.items()):
-        log.info("%s: %d image%s, %d times in an epoch", name, count, "s" if count > 1 else "", repeats)
+    repeated = Counter((image.path.parent, image.repeats) for image in images if image.repeats != 1)
+    for (folder, repeats), count in sorted(repeated.items()):
+        log_once(log, f"{folder}: {count} image{'s' * (count > 1)}, {repeats} times in an epoch")
     with_prompt = [image.path for image in images if image.source == prompt_key]
     if len(with_prompt) < len(images) and with_prompt:
         log.warning("%s without a caption: %s is used", _counted(with_prompt), prompt_key)

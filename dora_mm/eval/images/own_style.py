@@ -160,8 +160,8 @@ def conclusion(
         return f"The adapter leads away from the training images ({amount}): try a lower rate, or fewer steps."
     if gained.low <= 0:
         return (
-            f"With {num_prompts} prompts in the style, the adapter is not told apart from the bare model ({amount}): "
-            "score more prompts, or train longer."
+            f"With {num_prompts} prompts in the style, the adapter is not distinguishable from the bare model "
+            f"({amount}): score more prompts, or train longer."
         )
     sentences = [f"The adapter generates closer to the training images than the bare model ({amount})."]
     if nearest.low > nearest_of_training.high:

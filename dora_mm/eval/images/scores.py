@@ -194,7 +194,7 @@ def conclusion(bare: Mapping[str, ConfidenceInterval], adapted: Mapping[str, Con
     right = f"style and thing are right in {shares} of the images"
     if after.low <= before.high and after.high >= before.low:
         more = "score more things (concepts.count) or seeds, or train longer"
-        return f"The adapter and the bare model are not told apart: {right}. To tell them: {more}."
+        return f"The adapter is not distinguishable from the bare model: {right}. To tell them apart: {more}."
     verdict = "better" if after.low > before.high else "worse"
     if adapted["style"].mean < adapted["concept"].mean:
         cure = "the style, for which more steps or a higher strength may help"

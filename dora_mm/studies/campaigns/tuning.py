@@ -34,7 +34,7 @@ from dora_mm.utils.yaml12 import KeyPath, edited, read
 
 log = logging.getLogger(__name__)
 DIVERGED = "diverged"
-BETTER, WORSE, INDISTINCT = "better", "worse", "not told apart"  # a training, from the bare model
+BETTER, WORSE, INDISTINCT = "better", "worse", "not distinguishable"  # a training, from the bare model
 
 
 class Tuning:
@@ -154,7 +154,7 @@ class Tuning:
             for each in sorted(rung.scores):
                 row = {"steps": f"{rung.steps}", "rank": f"{each.rank or '-'}", "rate": f"{each.rate:g}"}
                 word = ("goes on" if following else "chosen") if each in goes_on else ""
-                gained = {"against the bare model": self.verdict(each, rung)} if self.has_verdicts(rung) else {}
+                gained = {"against the bare model": self.difference(each, rung)} if self.has_verdicts(rung) else {}
                 found.append({**row, "score": self.score(each, rung), **gained, "": word})
         return found
 
@@ -180,6 +180,13 @@ class Tuning:
         if not gain.has_ends:
             return f"{gain.mean:+.5f}"
         return (BETTER if gain.mean > 0 else WORSE) if gain.excludes_zero else INDISTINCT
+
+    def difference(self, candidate: Candidate, rung: Rung) -> str:
+        """The verdict, with the difference and its interval where it has one."""
+        verdict, gain = self.verdict(candidate, rung), self.gain(candidate, rung)
+        if verdict == DIVERGED or gain is None or not gain.has_ends:
+            return verdict
+        return f"{verdict}: {gain.text('{:+.3f}')}"
 
     def gain(self, candidate: Candidate, rung: Rung) -> ConfidenceInterval | None:
         """The difference of a training's score from that of the bare model; None: the bare model has none."""

@@ -2,12 +2,15 @@
 
 import json
 import shlex
+from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from dora_mm import cli
 from dora_mm.config import load_config
 from dora_mm.config.importing import translate
+from pipelines import import_config
 
 KOHYA = """
 [model_arguments]
@@ -191,7 +194,7 @@ def test_kohyas_toml_with_its_data_set(tmp_path):
             "rank": 8,
             "alpha": 1.0,  # their default, not ours
             "parts": {
-                **dict.fromkeys(["unet.attn", "unet.cross", "unet.ff", "proj_in", "proj_out"]),
+                **{name: {} for name in ("unet.attn", "unet.cross", "unet.ff", "proj_in", "proj_out")},
                 "text_encoders.attn": {"lr": 5e-5},
                 "text_encoders.ff": {"lr": 5e-5},
             },
@@ -269,11 +272,16 @@ def test_kohyas_prompts_keep_their_flags(tmp_path):
     toml = 'pretrained_model_name_or_path = "x"\ntrain_data_dir = "y"\nlearning_rate = 1e-4\n'
     toml += 'sample_prompts = "prompts.txt"\nclip_skip = 2\nsample_every_n_epochs = 1\n'
     found = imported(tmp_path, "a.toml", toml)
-    assert found.nested["sample"] == {"prompts": ["a cat", "a car"], "negative_prompt": "blurry", "steps": 4}
+    assert found.nested["sample"] == {
+        "prompts": ["a cat", "a car"],
+        "negative_prompt": "blurry",
+        "steps": 4,
+        "guidance": 7.5,
+    }
     assert any("ignore width, seed of each line" in sentence for sentence in found.differences)
     reasons = {key: reason for key, _, reason in found.without_equal}
     assert "second to last layer" in reasons["clip_skip"]
-    assert "sample.every counts steps" in reasons["sample_every_n_epochs"]
+    assert found.every_epochs == {"sample.every": ("sample_every_n_epochs", 1)}
 
 
 @pytest.mark.parametrize(("theirs", "ours"), [("cosine_with_restarts", "cycles"), ("polynomial", "power")])
@@ -474,3 +482,25 @@ def test_what_cannot_be_imported_is_said_in_a_sentence(name, text, message, tmp_
     (tmp_path / name).write_text(text)
     assert cli.main(["import", str(tmp_path / name)]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_what_kohya_does_every_epoch_is_in_steps_of_the_images_that_are_there(tmp_path, monkeypatch):
+    """3 x 10 images in batches of 4; where no image is there, the formula."""
+    (tmp_path / "img" / "10_cat").mkdir(parents=True)
+    for name in "abc":
+        Image.new("RGB", (64, 64)).save(tmp_path / "img" / "10_cat" / f"{name}.png")
+    toml = 'pretrained_model_name_or_path = "x"\ntrain_data_dir = "img"\nresolution = 64\ntrain_batch_size = 4\n'
+    toml += "caption_dropout_rate = 0.1\nsave_every_n_epochs = 2\nsample_every_n_epochs = 1\n"
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    toml += 'sample_prompts = "prompts.txt"\n'
+    (tmp_path / "a.toml").write_text(toml)
+    (tmp_path / "b.toml").write_text(toml.replace("img", "gone"))
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        import_config.main(Path(f"{name}.toml"))
+    found = load_config("a.yaml")
+    assert (found.train.checkpoint_every, found.sample.every) == (16, 8)
+    assert found.data.caption_dropout == 0.1
+    text = Path("b.yaml").read_text()
+    assert "checkpoint_every:" not in text
+    assert "train.checkpoint_every counts steps: give 2 x images x repeats / batch size" in text

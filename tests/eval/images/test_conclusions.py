@@ -22,7 +22,7 @@ FAR, NEAR = ConfidenceInterval(0.5, 0.4, 0.6), ConfidenceInterval(0.9, 0.8, 1.0)
         (UP, SLIGHTLY, FAR, ["closer", "+0.200 (+0.100 to +0.300) likeness", "keep it"]),
         (UP, UP, FAR, ["closer", "without being asked"]),
         (UP, NONE, NEAR, ["closer", "copies single ones"]),
-        (NONE, NONE, FAR, ["With 4 prompts", "not told apart", "more prompts", "train longer"]),
+        (NONE, NONE, FAR, ["With 4 prompts", "not distinguishable", "more prompts", "train longer"]),
         (DOWN, NONE, FAR, ["away", "lower rate"]),
     ],
 )
@@ -52,7 +52,7 @@ def test_a_word_that_every_caption_has_is_not_advised(trigger, said):
     [
         (NEAR, 0.7, ["better", "90 % (80 to 100) against 50 % (40 to 60)", "the style, for which more steps"]),
         (NEAR, 0.95, ["better", "the thing, for which fewer steps"]),
-        (FAR, 0.7, ["not told apart", "concepts.count"]),
+        (FAR, 0.7, ["not distinguishable", "concepts.count"]),
         (DOWN, 0.7, ["worse"]),
     ],
 )

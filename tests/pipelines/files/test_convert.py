@@ -197,7 +197,8 @@ def test_mistakes(arguments, message, adapter, tmp_path, capsys):
     ("error", "text"),
     [
         (0.083, "off by 8.3% of the change"),
-        (1.0, "off by 100.0% of the change"),
+        (0.98, "off by 98.0% of the change"),
+        (1.02, "unusable, as far off as without the adapter"),
         (152.12, "unusable, further off than without the adapter"),
         (float("inf"), "some values are not finite"),
     ],

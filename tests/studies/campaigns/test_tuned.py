@@ -162,12 +162,12 @@ def test_default_rates_are_half_decades_that_the_optimizer_takes():
 @pytest.mark.parametrize(
     ("verdicts", "message"),
     [
-        ({1e-4: "not told apart", 1e-3: "not told apart"}, "give more train.steps, or higher rates"),
+        ({1e-4: "not distinguishable", 1e-3: "not distinguishable"}, "give more train.steps, or higher rates"),
         ({1e-4: "worse", 1e-3: "worse"}, "a rate of 0.0001 is worse than the bare model: give lower rates"),
         (
-            {1e-4: "not told apart", 3e-4: "not told apart", 1e-3: "worse", 1e-2: "diverged"},
-            "a rate of 0.001 is worse than the bare model, and 0.0003 is not told apart from it: give rates between "
-            "them, or more train.steps",
+            {1e-4: "not distinguishable", 3e-4: "not distinguishable", 1e-3: "worse", 1e-2: "diverged"},
+            "a rate of 0.001 is worse than the bare model, and 0.0003 is not distinguishable from it: give rates "
+            "between them, or more train.steps",
         ),
         ({1e-4: "", 1e-3: ""}, "give more train.steps, or higher rates"),
     ],

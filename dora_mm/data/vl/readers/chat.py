@@ -19,6 +19,7 @@ from dora_mm.data.vl.readers.file_rows import file_items
 from dora_mm.data.vl.readers.hub_files import files_of_source
 from dora_mm.data.vl.readers.named_rows import check_columns, named_row, parsed_row
 from dora_mm.data.vl.rows import BadRows, RowError
+from dora_mm.utils.messages import log_once
 
 log = logging.getLogger(__name__)
 PEEKED = 20  # rows that are searched for one of a known shape: the first may be damaged
@@ -40,7 +41,7 @@ def read_chat(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
 
     def maker(path: Path) -> Maker:
         shape = find_shape(path, source.columns)
-        log.info("%s: %s", path, shape.name)
+        log_once(log, f"{path}: {shape.name}")
         return lambda row, name: conversation(shape.read(row), name)
 
     return read_rows(source, bad, maker)

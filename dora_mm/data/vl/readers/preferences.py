@@ -27,6 +27,7 @@ from dora_mm.data.vl.readers.conversation import ROLES, conversation
 from dora_mm.data.vl.readers.file_rows import file_items
 from dora_mm.data.vl.readers.named_rows import named_row
 from dora_mm.data.vl.rows import BadRows, RowError
+from dora_mm.utils.messages import log_once
 
 log = logging.getLogger(__name__)
 ANSWERS = ("chosen", "rejected")
@@ -54,7 +55,7 @@ def read_preferences(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
 
     def maker(path: Path) -> Maker:
         shape = find_pair_shape(path, source.columns)
-        log.info("%s: %s", path, shape.name)
+        log_once(log, f"{path}: {shape.name}")
         return lambda row, name: pair(*(_read(one, name) for one in shape.divide(row)))
 
     return read_rows(source, bad, maker)
