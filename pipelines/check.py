@@ -109,5 +109,5 @@ def recipe_line(recipes: Mapping[int, str], memory: float) -> str:
     sizes = [size for size in recipes if size and size <= memory + SPARE]
     if sizes:
         return f"{recipes[max(sizes)]} ({max(sizes)} GB)"
-    small = f"; on a processor {recipes[0]}" if 0 in recipes else ""
+    small = f"; on a CPU {recipes[0]}" if 0 in recipes else ""
     return f"needs a GPU of some {min(size for size in recipes if size)} GB (an estimate){small}"

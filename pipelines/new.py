@@ -36,7 +36,7 @@ from dora_mm.utils.shell import quoted
 from dora_mm.utils.tables import csv_records
 from dora_mm.utils.yaml12 import MISSING
 
-SMALL = 1e9  # bytes of the weights of a model that is trained on a processor
+SMALL = 1e9  # bytes of the weights of a model that is trained on a CPU
 MOST_BETWEEN = 250  # steps from one checkpoint to the next: what a stop can lose
 UNCAPTIONED = "data.instance_prompt"  # the source of a caption that no file has
 
