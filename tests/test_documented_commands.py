@@ -75,7 +75,7 @@ def test_commands_of_several_processes(checkout):
         port = str(free.getsockname()[1])
     found = [given for given in commands(text_of(ROOT / "docs" / "gpu.md"), "torchrun ") if "--resume" not in given]
     groups = [[given] for given in found if "--nnodes" not in given] + [[g for g in found if "--nnodes" in g]]
-    assert len(groups) == 5
+    assert len(groups) == 6
     for group in groups:
         started = [
             subprocess.Popen(_launcher(given, port), env={**os.environ, "PYTHONPATH": str(ROOT)}) for given in group

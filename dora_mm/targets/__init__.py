@@ -39,7 +39,9 @@ def find(name: str, model: nn.Module | None = None) -> TargetMap:
     if name not in TARGET_MAPS:
         if model is not None and any(matches(name, path, "targets") for path, _ in model.named_modules()):
             raise ValueError(f"there is no target map {name!r}; for modules of that name use a list: [{name!r}]")
-        raise ValueError(f"there is no target map {name!r}; there are {', '.join((*TARGET_MAPS, *DERIVED))}")
+        maps = ", ".join((*TARGET_MAPS, *DERIVED))
+        own = "a list of names of modules adapts any other model: targets=['q_proj', 'v_proj']"
+        raise ValueError(f"there is no target map {name!r}; there are {maps}; {own}")
     record = TARGET_MAPS[name]
     found: TargetMap = load(record.import_path)
     if set(found.parts) != set(record.parts):
