@@ -6,10 +6,12 @@ import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from shlex import split
+from types import MappingProxyType
 from typing import Any
 
 import yaml
 
+from dora_mm.config.importing import kohya_gui
 from dora_mm.utils import yaml12
 from dora_mm.utils.messages import first_line
 from dora_mm.utils.shell import quoted
@@ -34,14 +36,22 @@ class Foreign:
         trainer: A key of `TITLES`.
         folder: Relative paths of the config are relative to it, where they are not to the current directory.
         script: The script of a command line; empty if there is none.
-        given: The names of all its keys.
+        given: The names of all its keys, those of files that it names included.
+        names: The names of keys in the file, by ours for them, where these differ.
         left: The keys that nobody has taken, with their values.
         dropped: The keys that have no effect on the training here, with their values.
     """
 
-    def __init__(self, trainer: str, values: Mapping[str, Any], folder: Path, script: str = ""):
-        self.trainer, self.folder, self.script = trainer, folder, script
-        self.given = frozenset(values)
+    def __init__(
+        self,
+        trainer: str,
+        values: Mapping[str, Any],
+        folder: Path,
+        script: str = "",
+        names: Mapping[str, str] = MappingProxyType({}),
+    ):
+        self.trainer, self.folder, self.script, self.names = trainer, folder, script, names
+        self.given = set(values)
         self.left = dict(values)
         self.dropped: dict[str, Any] = {}
 
@@ -122,6 +132,11 @@ def _recognized(path: Path, values: dict[str, Any]) -> Foreign:
         return Foreign("axolotl", values, path.parent)
     if "model_name_or_path" in values:
         return Foreign("llama-factory", values, path.parent)
+    if kohya_gui.is_of_gui(values):
+        typed = {key: _scalar(value) if isinstance(value, str) else value for key, value in values.items()}
+        flags, script = kohya_gui.flags_of(typed)
+        flags |= _flags(split(str(values.get("additional_parameters") or "")))
+        return Foreign("kohya", flags, path.parent, script, kohya_gui.NAMES)
     if "pretrained_model_name_or_path" in values or "network_dim" in values:
         return Foreign("kohya", values, path.parent)
     if "model" in values and "dataset" in values:

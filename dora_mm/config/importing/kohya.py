@@ -25,6 +25,17 @@ from dora_mm.utils.shell import quoted
 
 UNET = ("unet.attn", "unet.cross", "unet.ff", "proj_in", "proj_out")  # all layers of its Transformer2DModel
 TEXT_ENCODERS = ("text_encoders.attn", "text_encoders.ff")
+PRESETS = {  # of LyCORIS: the parts of the UNet and of the text encoders
+    "full": ((*UNET, "unet.conv"), TEXT_ENCODERS),
+    "full-lin": (UNET, TEXT_ENCODERS),
+    "attn-mlp": (UNET, TEXT_ENCODERS),
+    "attn-only": (("unet.attn", "unet.cross"), ("text_encoders.attn",)),
+    "unet-only": ((*UNET, "unet.conv"), ()),
+    "unet-transformer-only": (UNET, ()),
+    "unet-convblock-only": (("unet.conv",), ()),
+}
+CAPTION_SUFFIXES = (".txt", ".caption")  # the first comes first
+NUMBERED = re.compile(r"(\d+)_(.+)")
 CAPTIONS = {
     "caption_prefix": "data.captions.prefix",
     "caption_suffix": "data.captions.suffix",
@@ -96,24 +107,38 @@ def _kohya_network(foreign: Foreign, found: Translation) -> None:
     module = str(foreign.take("network_module", "networks.lora"))
     is_dora = str(options.pop("dora_wd", False)).lower() == "true"
     algorithm = str(options.pop("algo", "lora")).lower()
-    if algorithm not in ("lora", "locon") or not module.startswith(("networks.lora", "lycoris")):
-        refuse("network_module", f"{module} {algorithm}", (), OF_METHODS)
+    is_known = module.startswith(("networks.lora", "lycoris")) and module != "networks.lora_fa"
+    if algorithm not in ("lora", "locon") or not is_known:
+        refuse(foreign.names.get("network_module", "network_module"), f"{module} {algorithm}", (), OF_METHODS)
     found.put("adapter.method", "dora" if is_dora else "lora", "network_module")
     found.put("adapter.rank", foreign.take("network_dim", 4), "network_dim")
     found.put("adapter.alpha", number_of(foreign.take("network_alpha", 1.0)), "network_alpha")
     if foreign.script.startswith("sdxl") or not foreign.script:
-        _kohya_parts(foreign, found, has_conv="conv_dim" in options or foreign.left.get("conv_dim") is not None)
+        _kohya_parts(foreign, found, options, is_lycoris=module.startswith("lycoris"))
     elif foreign.script not in ("train_network.py",):
         found.differs(f"{foreign.script}: the default parts of the model's family are adapted (adapter.parts).")
-    options.pop("conv_dim", None)
-    options.pop("conv_alpha", None)
+    ratios = [options.pop(f"loraplus_{of}lr_ratio", None) for of in ("unet_", "")]
+    found.put("optimizer.b_lr_ratio", next((each for each in ratios if each is not None), None), "network_args")
     for key, value in options.items():
-        found.has_no_equal(f"network_args {key}", value)
+        if value not in (None, "", False, 0):
+            found.has_no_equal(f"network_args {key}", value)
 
 
-def _kohya_parts(foreign: Foreign, found: Translation, *, has_conv: bool) -> None:
-    """The parts of SDXL that networks.lora adapts, the text encoders at their own rate."""
-    parts: dict[str, Any] = {name: {} for name in (*UNET, *(["unet.conv"] if has_conv else []))}
+def _kohya_parts(foreign: Foreign, found: Translation, options: dict[str, Any], *, is_lycoris: bool) -> None:
+    """The parts of SDXL that networks.lora or a preset of LyCORIS adapts, the text encoders at their own rate."""
+    preset = str(options.get("preset", "full")) if is_lycoris else "full"
+    unet, text_encoders = PRESETS.get(preset, PRESETS["full"])
+    if preset in PRESETS:
+        options.pop("preset", None)
+    rank, alpha = (number_of(options.pop(key, None)) for key in ("conv_dim", "conv_alpha"))
+    if not is_lycoris:
+        alpha = alpha or 1.0
+        unet = tuple(name for name in unet if name != "unet.conv" or rank)
+    parts: dict[str, Any] = {name: {} for name in unet}
+    if "unet.conv" in parts and rank:
+        of_all = (found.values["adapter.rank"], found.values["adapter.alpha"])
+        own = (int(rank), alpha or of_all[1])
+        parts["unet.conv"] = {"rank": own[0], "alpha": own[1]} if own != of_all else {}
     rate = foreign.take("text_encoder_lr")
     rate = number_of(rate[0] if isinstance(rate, list) else rate)
     unet_only = foreign.flag("network_train_unet_only") or rate == 0
@@ -121,12 +146,11 @@ def _kohya_parts(foreign: Foreign, found: Translation, *, has_conv: bool) -> Non
         rate = None  # which would refuse the parts
         found.differs("text_encoder_lr: prodigy finds one rate for all parts here.")
     if not unet_only:
-        parts |= {name: {} if rate is None else {"lr": rate} for name in TEXT_ENCODERS}
+        parts |= {name: {} if rate is None else {"lr": rate} for name in text_encoders}
     if foreign.flag("network_train_text_encoder_only"):
-        parts = {name: {} for name in TEXT_ENCODERS}
-    found.put(
-        "adapter.parts", parts if any(parts.values()) else list(parts), "network_train_unet_only, text_encoder_lr"
-    )
+        parts = {name: {} for name in text_encoders}
+    source = "network_train_unet_only, text_encoder_lr, network_args"
+    found.put("adapter.parts", parts if any(parts.values()) else list(parts), source)
 
 
 def _kohya_data(foreign: Foreign, found: Translation) -> None:
@@ -136,21 +160,16 @@ def _kohya_data(foreign: Foreign, found: Translation) -> None:
     if config is not None:
         read = _toml(foreign.file(str(config)))
         general, datasets = read.get("general", {}), read.get("datasets", [])
-    if datasets:
-        for subset in (subset for dataset in datasets for subset in dataset.get("subsets", [])):
+    subsets = [subset for dataset in datasets for subset in dataset.get("subsets", [])]
+    foreign.given.update(*(general, *datasets, *subsets))
+    prior_weight = number_of(foreign.take("prior_loss_weight", 1.0))
+    if subsets:
+        for subset in subsets:
             if (metadata := subset.get("metadata_file")) is not None:
                 _kohya_metadata("metadata_file", metadata, subset.get("image_dir"), foreign, found)
-        _kohya_subsets(general, datasets, number_of(foreign.take("prior_loss_weight", 1.0)), found)
-    elif (folder := foreign.take("train_data_dir")) is not None:
-        found.put("data.folder", folder, "train_data_dir")
-        if (metadata := foreign.take("in_json")) is not None:
-            _kohya_metadata("in_json", metadata, folder, foreign, found)
-            found.put("data.repeats", foreign.take("dataset_repeats"), "dataset_repeats")
-        else:
-            found.put("data.subfolders", True, "train_data_dir with folders such as 10_name")
-            _kohya_class_tokens(foreign.file(str(folder)), found)
-    if (folder := foreign.take("reg_data_dir")) is not None:
-        found.has_no_equal("reg_data_dir", folder, "a folder of role preserve in data.folders, or preserve.prompt")
+        _kohya_subsets(general, datasets, prior_weight, foreign, found)
+    else:
+        _kohya_folder(foreign, prior_weight, found)
     put_resolution(found, foreign.take("resolution"))
     if foreign.flag("random_crop"):
         found.put("data.crop", "random", "random_crop")
@@ -164,10 +183,75 @@ def _kohya_data(foreign: Foreign, found: Translation) -> None:
     foreign.drop("min_bucket_reso", "max_bucket_reso", "bucket_no_upscale")  # shapes follow from data.resolution alone
 
 
+def _kohya_folder(foreign: Foreign, prior_weight: float | None, found: Translation) -> None:
+    """`train_data_dir` and `reg_data_dir`, whose folders are named `10_name`."""
+    folder, regularization = foreign.take("train_data_dir"), foreign.take("reg_data_dir")
+    if folder is None:
+        return
+    _kohya_captions(foreign.take("caption_extension"), foreign.file(str(folder)), found)
+    trained, held = (_numbered(path, foreign) for path in (folder, regularization))
+    if trained and held:
+        folders = [*trained, *({**each, "role": "preserve"} for each in held)]
+        found.put("data.folders", folders, "train_data_dir, reg_data_dir")
+        _kohya_preserve(prior_weight, found)
+        return
+    if regularization is not None:
+        found.has_no_equal(
+            "reg_data_dir",
+            regularization,
+            "no folder such as 10_name was found in it and in train_data_dir: give each as a folder in data.folders, "
+            "those of reg_data_dir with role: preserve",
+        )
+    found.put("data.folder", folder, "train_data_dir")
+    if (metadata := foreign.take("in_json")) is not None:
+        _kohya_metadata("in_json", metadata, folder, foreign, found)
+        found.put("data.repeats", foreign.take("dataset_repeats"), "dataset_repeats")
+    else:
+        found.put("data.subfolders", True, "train_data_dir with folders such as 10_name")
+        _kohya_class_tokens(foreign.file(str(folder)), found)
+
+
+def _numbered(folder: Any, foreign: Foreign) -> list[dict[str, Any]]:
+    """The folders `10_name` in a folder, with their repeats and the caption of images that have none."""
+    path = None if folder is None else foreign.file(str(folder))
+    names = sorted(each.name for each in path.iterdir() if each.is_dir()) if path and path.is_dir() else []
+    found = [(name, match) for name in names if (match := NUMBERED.fullmatch(name))]
+    return [
+        {
+            "path": f"{folder}/{name}",
+            **({"repeats": float(match[1])} if float(match[1]) != 1 else {}),
+            "prompt": match[2],
+        }
+        for name, match in found
+    ]
+
+
+def _kohya_preserve(weight: float | None, found: Translation) -> None:
+    """Regularization images, whose weight has no effect where there are none."""
+    found.put("preserve.weight", weight, "prior_loss_weight")
+    found.differs(
+        "Regularization images keep the prediction of the base model (preserve), and not the noise, as the target. "
+        "Each step here has images of both kinds; there half of the steps' images are regularization images."
+    )
+
+
+def _kohya_captions(extension: Any, folder: Path, found: Translation) -> None:
+    """Caption files are .txt, or else .caption, whatever is given."""
+    if extension is None or extension == CAPTION_SUFFIXES[0]:
+        return
+    if extension not in CAPTION_SUFFIXES:
+        found.has_no_equal("caption_extension", extension, "captions are files that end in .txt or .caption")
+    elif folder.is_dir() and any(file.with_suffix(".txt").exists() for file in folder.rglob(f"*{extension}")):
+        found.differs(
+            f"caption_extension: {folder} has .txt files beside the {extension} files, and the .txt files are read "
+            "here: move them away."
+        )
+
+
 def _kohya_class_tokens(folder: Path, found: Translation) -> None:
     """The caption of images that have none: the name in `10_name`."""
     paths = folder.iterdir() if folder.is_dir() else ()
-    names = sorted({named[1] for path in paths if path.is_dir() and (named := re.fullmatch(r"\d+_(.+)", path.name))})
+    names = sorted({named[2] for path in paths if path.is_dir() and (named := NUMBERED.fullmatch(path.name))})
     if len(names) == 1:
         found.put("data.instance_prompt", names[0], "train_data_dir, of images without a caption")
     elif names:
@@ -191,7 +275,11 @@ def _kohya_metadata(key: str, metadata: Any, folder: Any, foreign: Foreign, foun
 
 
 def _kohya_subsets(
-    general: Mapping[str, Any], datasets: Sequence[Mapping[str, Any]], prior_weight: float | None, found: Translation
+    general: Mapping[str, Any],
+    datasets: Sequence[Mapping[str, Any]],
+    prior_weight: float | None,
+    foreign: Foreign,
+    found: Translation,
 ) -> None:
     """`[[datasets.subsets]]` as folders; what is one setting here is that of the first subset."""
     folders, shared = [], {}
@@ -213,11 +301,11 @@ def _kohya_subsets(
             folders.append({key: value for key, value in folder.items() if value not in (None, 1.0, "train")})
             shared = shared or given
     found.put("data.folders", folders, "datasets.subsets")
+    extension = shared.get("caption_extension", foreign.take("caption_extension"))
+    for folder in folders:
+        _kohya_captions(extension, foreign.file(str(folder.get("path", ""))), found)
     if any("role" in folder for folder in folders):
-        found.put("preserve.weight", prior_weight, "prior_loss_weight")
-        found.differs(
-            "Images of is_reg keep the prediction of the base model (preserve), and not the noise, as the target."
-        )
+        _kohya_preserve(prior_weight, found)
     for key, ours in CAPTIONS.items():
         found.put(ours, shared.get(key), key)
 
@@ -237,7 +325,9 @@ def _kohya_optimizer(foreign: Foreign, found: Translation) -> None:
 
 def _kohya_samples(foreign: Foreign, found: Translation) -> None:
     name = foreign.take("sample_prompts")
-    if isinstance(name, list):
+    if isinstance(name, list) and all(isinstance(each, str) for each in name):  # of the GUI
+        _kohya_prompts([line.strip() for line in name if line.strip()], "sample_prompts", found)
+    elif isinstance(name, list):
         found.put("sample.prompts", [each["prompt"] for each in name if isinstance(each, dict) and "prompt" in each])
     elif name is not None and (file := foreign.file(str(name))).is_file() and file.suffix == ".txt":
         lines = file.read_text(encoding="utf-8-sig").splitlines()
@@ -271,7 +361,7 @@ def _kohya_prompts(lines: Sequence[str], file: str, found: Translation) -> None:
     if separate:
         found.differs(
             f"The contact sheets of the training ignore {', '.join(separate)} of each line of {file}. "
-            f"`dora-mm sample {quoted(Path(file))}` uses them."
+            + (f"`dora-mm sample {quoted(Path(file))}` uses them." if file.endswith(".txt") else "")
         )
 
 

@@ -101,7 +101,7 @@ class Translation:
         self._differs_without_gpu()
         for key in PATHS & self.values.keys():
             self.values[key] = _located(self.values[key], foreign)
-        self.sources = {key: self._given(source, foreign.given) for key, source in self.sources.items()}
+        self.sources = {key: self._given(source, foreign) for key, source in self.sources.items()}
         self._leave_out_refused()
 
     def _differs_without_gpu(self) -> None:
@@ -173,12 +173,12 @@ class Translation:
         found["Not needed here"] = [", ".join(self.not_needed)] if self.not_needed else []
         return {title: each for title, each in found.items() if each}
 
-    def _given(self, source: str, given: frozenset[str]) -> str:
+    def _given(self, source: str, foreign: Foreign) -> str:
         """The keys of a source that the config has; without one, that the value is the other trainer's default."""
         words = source.split(", ")
-        there = [word for word in words if word in given or not word.isidentifier()]
+        there = [foreign.names.get(word, word) for word in words if word in foreign.given or not word.isidentifier()]
         if there:
-            return ", ".join(there)
+            return ", ".join(dict.fromkeys(there))
         return f"{words[0]}, default of {TITLES[self.trainer]}"
 
     def _body(self) -> str:
