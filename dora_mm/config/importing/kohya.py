@@ -113,10 +113,15 @@ def _kohya_network(foreign: Foreign, found: Translation) -> None:
     found.put("adapter.method", "dora" if is_dora else "lora", "network_module")
     found.put("adapter.rank", foreign.take("network_dim", 4), "network_dim")
     found.put("adapter.alpha", number_of(foreign.take("network_alpha", 1.0)), "network_alpha")
-    if foreign.script.startswith("sdxl") or not foreign.script:
+    if foreign.script in ("", "train_network.py", "sdxl_train_network.py"):
         _kohya_parts(foreign, found, options, is_lycoris=module.startswith("lycoris"))
-    elif foreign.script not in ("train_network.py",):
+    else:
+        foreign.drop("network_train_unet_only")  # as by default here
         found.differs(f"{foreign.script}: the default parts of the model's family are adapted (adapter.parts).")
+    if foreign.script == "train_network.py":
+        found.differs(
+            "train_network.py trains Stable Diffusion 1 and 2, which are not trained here: give an SDXL model."
+        )
     ratios = [options.pop(f"loraplus_{of}lr_ratio", None) for of in ("unet_", "")]
     found.put("optimizer.b_lr_ratio", next((each for each in ratios if each is not None), None), "network_args")
     for key, value in options.items():

@@ -77,7 +77,7 @@ def flags_of(values: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
         raise ValueError(
             "the JSON of the GUI is not one of its LoRA tab (LoRA_type, network_dim): only that one is read"
         )
-    given = {key: value for key, value in values.items() if value not in ("", None, False, 0)}  # as it leaves them out
+    given = {key: _whole(value) for key, value in values.items() if value not in ("", None, False, 0)}  # it drops these
     script = next((name for box, name in SCRIPTS.items() if box in given), "train_network.py")
     kept = {
         key: value
@@ -85,6 +85,7 @@ def flags_of(values: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
         if key not in (*OF_NETWORK, *OF_LYCORIS, *OF_OTHER_METHODS, *SCRIPTS)
         and not LAUNCH.fullmatch(key)
         and SAME.get(key) != value
+        and not key.startswith("sdxl_")  # of the cache and the VAE's precision
         and not (OF_FAMILIES.fullmatch(key) and script in ("sdxl_train_network.py", "train_network.py"))
     }
     flags = {_flag(key): value for key, value in kept.items()} | _network(given) | _length(given)
@@ -100,6 +101,11 @@ def flags_of(values: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     if isinstance(prompts := flags.get("sample_prompts"), str):
         flags["sample_prompts"] = prompts.splitlines()
     return flags, script
+
+
+def _whole(value: Any) -> Any:
+    """A number such as 2.0, as it saves counts, as a whole one."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _flag(key: str) -> str:

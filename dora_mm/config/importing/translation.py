@@ -136,7 +136,8 @@ class Translation:
                 problems = describe(error, schema, {})
             refused = False
             for problem in problems:
-                key = next((key for key in self.values if _is_within(problem.key or problem.message, key)), None)
+                places = (problem.key or problem.message, f"{problem.key}.{problem.message}")
+                key = next((key for key in self.values if any(_is_within(place, key) for place in places)), None)
                 if key is None or MISSING in problem.message:
                     continue
                 self.has_no_equal(self.sources.pop(key, key), self.values.pop(key), problem.message)

@@ -92,8 +92,17 @@ def rung_lengths(steps: int, num_candidates: int, extra: int) -> list[int]:
     return lengths(steps)[-1:] if num_candidates <= FEW and not extra else lengths(steps)
 
 
-def planned(steps: int, num_candidates: int, extra: int = 0) -> dict[int, int]:
-    """How many trainings a search has by length, where it extends no rates and none diverges."""
+def planned(steps: int, num_candidates: int, extra: int = 0, *, learned: bool = True) -> dict[int, int]:
+    """How many trainings a search has by length, where it extends no rates and none diverges.
+
+    Args:
+        steps: The full length.
+        num_candidates: How many candidates there are.
+        extra: How often the rates may be extended.
+        learned: Whether some candidate has learned something at every length; else all go on.
+    """
+    if not learned:
+        return dict.fromkeys(rung_lengths(steps, num_candidates, extra), num_candidates)
     found: dict[int, int] = {}
     pending = num_candidates
     for length in rung_lengths(steps, num_candidates, extra):

@@ -243,21 +243,34 @@ def advice(verdicts: Mapping[float, str]) -> str:
 
 def describe_plan(config: TuneConfig, trained: TunedTrainings) -> str:
     """What a search would train, for a dry run."""
-    candidates = candidates_of(config, trained.base)
-    plan = planned(trained.steps, len(candidates), config.extra_rates)
-    total = sum(length * count for length, count in plan.items())
-    parts = ", ".join(f"{count} of {length} steps" for length, count in plan.items())
+    num_candidates = len(candidates_of(config, trained.base))
+    lowest, highest = (
+        planned(trained.steps, num_candidates, config.extra_rates, learned=learned) for learned in (True, False)
+    )
+    times = sum(length * count for length, count in lowest.items()) / trained.steps
     extra = f"; up to {2 * config.extra_rates} more rates where an end is as good as any" if config.extra_rates else ""
     return "\n".join(
         [
             f"rates     {', '.join(f'{rate:g}' for rate in config.rates)}",
             *([f"ranks     {', '.join(map(str, config.ranks))}"] if config.ranks else []),
-            f"trainings {parts}: {total:,} steps, {total / trained.steps:.3g} times one training{extra}",
-            f"time      {total / trained.steps:.3g} times that of one training, which its dry run estimates: "
+            f"trainings {_trainings(lowest, trained.steps)}{extra}",
+            *(
+                [f"at most   {_trainings(highest, trained.steps)}: all go on while none has learned anything"]
+                if highest != lowest
+                else []
+            ),
+            f"time      {times:.3g} times that of one training or more, which its dry run estimates: "
             f"dora-mm train {quoted(config.base)} --dry-run",
             f"folder    {config.output}",
         ]
     )
+
+
+def _trainings(plan: Mapping[int, int], steps: int) -> str:
+    """How many trainings of how many steps there are, and how long that is."""
+    total = sum(length * count for length, count in plan.items())
+    parts = ", ".join(f"{count} of {length} steps" for length, count in plan.items())
+    return f"{parts}: {total:,} steps, {total / steps:.3g} times one training"
 
 
 def candidates_of(config: TuneConfig, base: Any) -> list[Candidate]:

@@ -504,3 +504,164 @@ def test_what_kohya_does_every_epoch_is_in_steps_of_the_images_that_are_there(tm
     text = Path("b.yaml").read_text()
     assert "checkpoint_every:" not in text
     assert "train.checkpoint_every counts steps: give 2 x images x repeats / batch size" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "conv", "ratio"),
+    [
+        ('"conv_dim=4"', {"rank": 4, "alpha": 1.0}, None),  # the default alpha of networks.lora
+        ('"conv_dim=8", "conv_alpha=2", "rank_dropout=0"', {}, None),
+        ('"loraplus_lr_ratio=16"', None, 16),
+        ('"loraplus_lr_ratio=16", "loraplus_unet_lr_ratio=4"', None, 4),
+    ],
+)
+def test_kohyas_network_args_are_the_convolutions_rank_and_bs_rate(tmp_path, arguments, conv, ratio):
+    lines = f"resolution = 512\nnetwork_dim = 8\nnetwork_alpha = 2\nnetwork_args = [{arguments}]\n"
+    found = imported(tmp_path, "a.toml", KOHYA_SMALLEST + lines)
+    parts = found.values["adapter.parts"]
+    assert (dict.fromkeys(parts, {}) | (parts if isinstance(parts, dict) else {})).get("unet.conv") == conv
+    assert found.values.get("optimizer.b_lr_ratio") == ratio
+    assert not found.without_equal
+    assert not found.missing
+
+
+def test_the_convolutions_of_lycoris_are_those_of_its_preset(tmp_path):
+    lines = 'network_module = "lycoris.kohya"\nnetwork_train_unet_only = true\n'
+    found = imported(tmp_path, "a.toml", KOHYA_SMALLEST + lines)
+    assert "unet.conv" in found.values["adapter.parts"]
+    found = imported(tmp_path, "a.toml", f'{KOHYA_SMALLEST}{lines}network_args = ["preset=attn-only"]\n')
+    assert found.values["adapter.parts"] == ["unet.attn", "unet.cross"]
+    assert not found.without_equal
+
+
+def test_kohyas_regularization_folders_are_preserved(tmp_path, monkeypatch):
+    """A weight of the prior without them was written as preserve.weight, and the config was refused."""
+    toml = KOHYA_SMALLEST + "resolution = 512\nprior_loss_weight = 0.5\n"
+    assert not imported(tmp_path, "a.toml", toml).missing
+    assert "preserve.weight" not in imported(tmp_path, "a.toml", toml).values
+    for name in ("y/10_sks dog", "y/1_sks cat", "reg/1_dog"):
+        (tmp_path / name).mkdir(parents=True)
+        Image.new("RGB", (64, 64)).save(tmp_path / name / "a.png")
+    found = imported(tmp_path, "a.toml", toml + 'reg_data_dir = "reg"\n')
+    assert found.values["data.folders"] == [
+        {"path": str(tmp_path / "y/10_sks dog"), "repeats": 10.0, "prompt": "sks dog"},
+        {"path": str(tmp_path / "y/1_sks cat"), "prompt": "sks cat"},
+        {"path": str(tmp_path / "reg/1_dog"), "prompt": "dog", "role": "preserve"},
+    ]
+    assert found.values["preserve.weight"] == 0.5
+    assert not found.missing
+    assert not found.without_equal
+    (without,) = imported(tmp_path, "a.toml", toml + 'reg_data_dir = "none"\n').without_equal
+    assert "role: preserve" in without[2]
+
+
+@pytest.mark.parametrize(
+    ("extension", "files", "differs", "unknown"),
+    [
+        (".txt", ["a.txt"], False, set()),
+        (".caption", ["a.caption"], False, set()),
+        (".caption", ["a.caption", "a.txt"], True, set()),
+        (".tags", ["a.tags"], False, {"caption_extension"}),
+    ],
+)
+@pytest.mark.parametrize("has_subsets", [False, True])
+def test_kohyas_captions_are_those_that_are_read_here(tmp_path, extension, files, differs, unknown, has_subsets):
+    (tmp_path / "y").mkdir()
+    for name in files:
+        (tmp_path / "y" / name).write_text("a cat")
+    toml = KOHYA_SMALLEST + f'caption_extension = "{extension}"\n'
+    if has_subsets:
+        subset = f'[[datasets]]\n[[datasets.subsets]]\nimage_dir = "y"\ncaption_extension = "{extension}"\n'
+        (tmp_path / "data.toml").write_text(subset)
+        toml = 'pretrained_model_name_or_path = "x"\ndataset_config = "data.toml"\n'
+    found = imported(tmp_path, "a.toml", toml)
+    assert any("beside" in sentence for sentence in found.differences) == differs
+    assert without_equal(found) == unknown
+
+
+def test_comments_name_the_keys_of_kohyas_data_set(tmp_path):
+    """They were called the defaults of kohya's scripts."""
+    (tmp_path / "data.toml").write_text(KOHYA_DATA)
+    text = imported(tmp_path, "a.toml", KOHYA).text(Path("a.toml"), Path("b.yaml"))
+    assert "  resolution: 512 # resolution\n" in text
+    assert "  batch_size: 4 # batch_size\n" in text
+    assert "default of" not in text.split("batch_size")[1]
+
+
+KOHYA_GUI = {  # keys and spelling of the presets in its repository
+    "LoRA_type": "Standard",
+    "LyCORIS_preset": "full",
+    "additional_parameters": "--lr_scheduler_num_cycles 3 --vae_batch_size=2",
+    "cache_latents": True,
+    "clip_skip": "1",
+    "conv_alpha": 1,
+    "conv_dim": 1,
+    "dora_wd": False,
+    "epoch": 8,
+    "flux1_checkbox": False,
+    "gradient_accumulation_steps": 1.0,
+    "keep_tokens": "1",
+    "learning_rate": 0.0004,
+    "lr_scheduler": "cosine_with_restarts",
+    "lr_warmup": 5,
+    "max_resolution": "1024,1024",
+    "max_train_steps": "",
+    "mixed_precision": "bf16",
+    "multires_noise_discount": 0.2,
+    "network_alpha": 16,
+    "network_dim": 32,
+    "noise_offset": 0.05,
+    "noise_offset_type": "Original",
+    "num_processes": 1,
+    "optimizer": "AdamW",
+    "optimizer_args": "",
+    "output_name": "mine",
+    "pretrained_model_name_or_path": "x.safetensors",
+    "sample_prompts": "a dog --s 20\na cat --s 20",
+    "save_precision": "fp16",
+    "sdxl": True,
+    "text_encoder_lr": 0.0,
+    "train_batch_size": 2,
+    "train_data_dir": "y",
+    "unet_lr": 0.0004,
+}
+
+
+def test_what_kohyas_gui_has_saved(tmp_path):
+    found = imported(tmp_path, "a.json", KOHYA_GUI)
+    assert found.nested == {
+        "pipeline": "train_diffusion",
+        "name": "mine",
+        "model": {"dtype": "bfloat16", "path": "x.safetensors"},
+        "adapter": {
+            "method": "lora",
+            "rank": 32,
+            "alpha": 16.0,
+            "parts": ["unet.attn", "unet.cross", "unet.ff", "proj_in", "proj_out"],
+        },
+        "data": {"folder": "y", "subfolders": True, "resolution": 1024},
+        "loss": {"min_snr_gamma": None, "noise_offset": 0.05},
+        "optimizer": {"lr": 0.0004, "name": "adamw"},
+        "schedule": {"warmup_ratio": 0.05, "cycles": 3, "name": "restarts"},
+        "train": {"mixed_precision": "bf16", "epochs": 8, "batch_size": 2, "gradient_accumulation_steps": 1},
+        "sample": {"prompts": ["a dog", "a cat"], "steps": 20, "guidance": 7.5},
+    }
+    assert without_equal(found) == {"keep_tokens"}  # has no effect without shuffle_caption
+    assert not found.missing
+    text = found.text(Path("a.json"), Path("b.yaml"))
+    for comment in ("warmup_ratio: 0.05 # lr_warmup", "resolution: 1024 # max_resolution", "lora # LoRA_type"):
+        assert comment in text
+
+
+def test_lycoris_in_kohyas_gui_is_dora_with_convolutions(tmp_path):
+    changed = {"LoRA_type": "LyCORIS/LoCon", "dora_wd": True, "conv_dim": 8, "conv_alpha": 4}
+    found = imported(tmp_path, "a.json", KOHYA_GUI | changed)
+    assert found.values["adapter.method"] == "dora"
+    assert found.values["adapter.parts"]["unet.conv"] == {"rank": 8, "alpha": 4.0}
+    found = imported(tmp_path, "a.json", KOHYA_GUI | {"sdxl": False})
+    assert any("Stable Diffusion 1 and 2" in sentence for sentence in found.differences)
+    with pytest.raises(ValueError, match="LoRA_type: .*loha has no equal here"):
+        imported(tmp_path, "a.json", KOHYA_GUI | {"LoRA_type": "LyCORIS/LoHa"})
+    without = {key: value for key, value in KOHYA_GUI.items() if key not in ("LoRA_type", "network_dim")}
+    with pytest.raises(ValueError, match="LoRA tab"):
+        imported(tmp_path, "a.json", without)

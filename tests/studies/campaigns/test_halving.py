@@ -115,6 +115,8 @@ def test_the_plan_is_what_is_trained(count):
     table = {steps: dict(zip(rates, rates, strict=True)) for steps in (5, 10, 20)}
     rungs = halving(candidates(*rates), 20, Recorded(table))
     assert planned(20, count) == {rung.steps: len(rung.scores) for rung in rungs}
+    nothing = halving(candidates(*rates), 20, lambda steps, found: Rung(steps, dict.fromkeys(found, 0.5), 0.1, False))
+    assert planned(20, count, learned=False) == {rung.steps: len(rung.scores) for rung in nothing}
 
 
 def test_where_nothing_was_learned_all_go_on_and_at_the_end_nothing_is_chosen():
