@@ -40,13 +40,13 @@ from dora_mm.utils.run_directory import RunDirectory
 from dora_mm.utils.shell import quoted
 
 log = logging.getLogger(__name__)
-BARE, ADAPTER, TRAINING, DIFFERENCE = "bare model", "adapter", "training pictures", "adapter minus bare"
+BARE, ADAPTER, TRAINING, DIFFERENCE = "bare model", "adapter", "training images", "adapter minus bare"
 STYLED, STYLE_FREE = "prompts in the style", "prompts without it"
 SHOWN = 5  # of the best and the worst
 BACKGROUND = "white"  # of transparent images
 MEANING = (
-    "The training images went through the model's size and VAE. likeness: mean cosine with them (of these: with the "
-    "others); the nearest of them: near 1, one is copied; variety: 1 minus the mean cosine of images with each "
+    "The training images went through the model's size and VAE. likeness: mean cosine with them (in the last "
+    "row: of the training images with each other); the nearest of them: near 1, one is copied; variety: 1 minus the mean cosine of images with each "
     "other; drift: 1 minus the cosine with the bare model's image of the same prompt and seed, which should be small "
     "without the style."
 )
@@ -79,7 +79,7 @@ def main(config: EvalStyleConfig, *, resume: Path | None = None) -> None:
     requests = requests_of(config, styled + style_free)
     loaded.check(requests)
     vectors = vectors_by(loaded.model.device, config.clip_model, config.timm_model)
-    inputs |= {**identity_of(base).inputs, "the training pictures": digest_of(images)}
+    inputs |= {**identity_of(base).inputs, "the training images": digest_of(images)}
     with processes.run(evaluation_run(config, inputs)) as run:
         generation = loaded.generate(run.path, requests, config.batch_size, processes)
         if not processes.is_main:

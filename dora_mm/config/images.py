@@ -371,6 +371,7 @@ class TrainDiffusionConfig(PipelineConfig):
             )
         if from_captions and self.data.placeholder is None:
             problems.append(
-                "preserve.prompt null is the caption without data.placeholder, which is null: set one of both"
+                "preserve without a prompt uses the captions without data.placeholder, but there is none: set "
+                "preserve.prompt (a class such as 'an icon') or data.placeholder"
             )
         return problems

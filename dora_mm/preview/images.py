@@ -188,7 +188,7 @@ def describe_latents(batches: CaptionedBatches, data: DataConfig) -> list[str]:
     size = (batches.cache.bytes_per_cell or 0) * pixels / batches.model.vae_downscale**2
     where = f"in {folder}" if folder else "in main memory"
     where += "; data.latent_cache keeps them on the disk" if size > LARGE_CACHE and not folder else ""
-    return [f"latents   {count:,} ahead of the steps{f', {size / 1e6:,.1f} MB' if size else ''} {where}"]
+    return [f"latents   {count:,} before the first step{f', {size / 1e6:,.1f} MB' if size else ''} {where}"]
 
 
 def describe_encoded(batches: CaptionedBatches | PreservingBatches, num_batches: int, data: DataConfig) -> list[str]:
@@ -205,7 +205,7 @@ def describe_encoded(batches: CaptionedBatches | PreservingBatches, num_batches:
     each = batches.prompts.bytes_per_caption
     size = f", {each * len(texts) / 1e6:,.1f} MB" if each else ""
     where = f"in {data.text_cache}" if data.text_cache else "in main memory"
-    return [f"encoded   {len(texts):,} captions ahead of the steps{size} {where}"]
+    return [f"encoded   {len(texts):,} different texts before the first step{size} {where}"]
 
 
 def describe_preserved(config: TrainDiffusionConfig, class_images: Sequence[CaptionedImage]) -> list[str]:

@@ -100,7 +100,7 @@ def as_in_contact_sheets(config: ImagesT, adapters: Mapping[str, Path]) -> Image
             found, own = " and ".join(map(_text, values)), _text(getattr(config, key))
             log.warning("The trainings of these adapters drew with %s %s, and this generates with %s", key, found, own)
     if shown := [f"{key} {_text(value)}" for key, value in chosen.items() if value not in (None, 0.0, "pipeline")]:
-        log.info("What rows leave out is that of the training's contact sheets: %s", ", ".join(shown))
+        log.info("Settings that a row does not give, as in the training's contact sheets: %s", ", ".join(shown))
     return config.model_copy(update=chosen)
 
 

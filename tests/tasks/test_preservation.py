@@ -184,7 +184,7 @@ def test_captions_without_a_word(text, expected):
     [
         ({"preserve": None, "other": "b"}, "a folder of role preserve needs the section preserve"),
         ({"preserve": {"prompt": "x"}, "other": "b"}, "preserve.prompt has no effect"),
-        ({"preserve": {}, "data__placeholder": None}, "which is null: set one of both"),
+        ({"preserve": {}, "data__placeholder": None}, "but there is none: set preserve.prompt"),
         ({"preserve": {}, "adapter__method": "full"}, "preserve needs the base model, whose weights"),
         ({"preserve": {"weight": -1.0}}, "greater than or equal to 0"),
         ({"preserve": {"wieght": 1.0}}, "wieght"),

@@ -171,7 +171,7 @@ def read_captioned_images(
                      for folder, masked in folders_of_masks(paths).items()]  # fmt: skip
     files.note_unused(entries, paths)
     if files.unused and unused_captions == "stop":
-        problems.append(_about_unused(root, files.unused) + ": data.unused_captions=ignore goes on without")
+        problems.append(_about_unused(root, files.unused) + ": to train without, set data.unused_captions=ignore")
     if not problems and placeholder:
         problems += _check_placeholder(images, placeholder)
     if problems:

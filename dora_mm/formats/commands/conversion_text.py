@@ -61,7 +61,11 @@ def table(done: Conversion) -> str:
         found = {1.0: errors.overall, **errors.at}
         rows.append((errors.tool, *(f"{found[t]:.1e}" if t in found else "-" for t in strengths)))
     where = "" if done.on_base else "; on random weights, since there is no --base"
-    return f"{aligned_columns(rows, num_text=1)}\n({MEASURE}{where})"
+    scaled_otherwise = [
+        errors.tool for errors in done.errors if errors.overall <= 1e-2 < max(errors.at.values(), default=0)
+    ]
+    only_1 = f"\nright at strength 1 only: {', '.join(scaled_otherwise)}" if scaled_otherwise and done.on_base else ""
+    return f"{aligned_columns(rows, num_text=1)}\n({MEASURE}{where}){only_1}"
 
 
 def worst_modules(errors: ToolErrors) -> str:

@@ -284,5 +284,5 @@ def why(computes: Computation, parts: Parts, state: LayerState) -> str:
         return "does not read alpha"
     written_for = {"base": "the norm of W0", "unscaled": "the norm of W0 + B A without alpha"}
     if "magnitude" in state.tensors and state.norm in written_for:
-        return f"divides by another norm than the magnitudes of this file need, {written_for[state.norm]}"
+        return f"divides by another norm; the magnitudes of this file need {written_for[state.norm]}"
     return computes.differs

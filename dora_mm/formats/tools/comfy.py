@@ -47,7 +47,7 @@ def write(layer: LayerState, W0: Tensor) -> dict[str, Tensor]:
 
 CAUTIONS = (
     formulas.IN_TURN,
-    "a release with pull request 15458, not merged in 2026-08, divides as the trainers do: for it write --to kohya",
+    "its pull request 15458, not merged in 2026-08, takes the trainers' norm: with it, write --to kohya",
     "the nodes that load in bypass mode, for quantised models, leave magnitudes out: take --to diff, or plain LoRA of "
     "--to lora",
 )

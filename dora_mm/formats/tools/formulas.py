@@ -82,8 +82,8 @@ class Update:
 
 
 # What tools do that apply an adapter to what the one before has left: see `Tool.cautions`
-AFTER_ANOTHER = "a DoRA that is loaded after another adapter scales what that one has changed, too: load it first"
-IN_TURN = f"{AFTER_ANOTHER}, or take files of --to diff, which add up in any order"
+AFTER_ANOTHER = "load a DoRA before other adapters: its magnitude also scales the change of an adapter loaded before it"
+IN_TURN = f"{AFTER_ANOTHER}; files of --to diff add up in any order"
 
 Formula: TypeAlias = Callable[[Update, Any, float], Tensor]  # of the update, m if there is one, and t
 

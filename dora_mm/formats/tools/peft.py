@@ -237,7 +237,7 @@ def parameter_key(name: Name, adapted: Collection[Name]) -> str:
 
 
 COMPUTES = Computation(dora, "scales the update inside the norm by the strength", axis="out", lora=lora)
-CAUTIONS = (f"{AFTER_ANOTHER}, and take plain LoRA (--to lora) of a second one",)
+CAUTIONS = (f"{AFTER_ANOTHER}; write a second DoRA as plain LoRA (--to lora)",)
 TOOL = Tool(
     names=NAMES,
     table="peft",

@@ -272,7 +272,7 @@ class HeldOutLossMetric(HighestScore):
         trained: The trainings.
     """
 
-    score_title, groups = "minus the held-out loss", ""
+    score_title, groups = "held-out loss with a minus, so that higher is better", ""
 
     def __init__(self, trained: TunedTrainings):
         self.trained = trained

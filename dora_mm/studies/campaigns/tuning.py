@@ -143,7 +143,7 @@ class Tuning:
         """The caption of the table: the score, its intervals and a remark."""
         selection_metric = self.selection_metric
         brackets = f" In brackets: 95 % intervals over {selection_metric.groups}." if selection_metric.groups else ""
-        about = f"Score: {selection_metric.score_title}, of trainings whose schedule ends at their last step.{brackets}"
+        about = f"Score: {selection_metric.score_title}. The schedule of each training ends at its last step.{brackets}"
         return f"{about} {selection_metric.remark(self.folder)}".strip()
 
     def table(self, rungs: Sequence[Rung]) -> list[dict[str, str]]:

@@ -371,6 +371,6 @@ def test_files_that_look_like_captions_and_are_not_used_stop_the_run(folder, cap
     (folder / name).write_text(text)
     message = message_of(folder, instance_prompt="x")
     assert f"1 file looks like captions without being used ({name}: {reason}" in message
-    assert message.endswith("): data.unused_captions=ignore goes on without")
+    assert message.endswith("): to train without, set data.unused_captions=ignore")
     assert set(captions(folder, instance_prompt="x", unused_captions="ignore").values()) <= {"a", "x"}
     assert f"({name}: {reason}" in caplog.text

@@ -133,7 +133,7 @@ def test_the_memory_of_latents_in_the_dry_run_is_what_they_take(tiny, folder):
     (line,) = describe_latents(found, found.config)
     found.encode_all()
     size = sum(tensor.nbytes for kept in found.cache.memory.values() for tensor in kept.tensors.values())
-    assert line.startswith(f"latents   7 ahead of the steps, {size / 1e6:,.1f} MB")
+    assert line.startswith(f"latents   7 before the first step, {size / 1e6:,.1f} MB")
     assert found.cache.bytes_per_cell == size / sum(
         (h // tiny.vae_downscale) * (w // tiny.vae_downscale) for ((h, w), *_) in found.layouts
     )

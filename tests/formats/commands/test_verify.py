@@ -92,7 +92,7 @@ def test_a_magnitude_for_comfyui_is_wrong_elsewhere(shape, measured, tmp_path):
     assert verdicts["comfy"].error < 1e-6
     assert verdicts["sdnext"].error == pytest.approx(measured, rel=0.15)
     reasons = {layer.reason for layer in verdicts["sdnext"].layers}
-    assert reasons == {"divides by another norm than the magnitudes of this file need, the norm of W0"}
+    assert reasons == {"divides by another norm; the magnitudes of this file need the norm of W0"}
     assert {layer.reason for layer in verdicts["comfy"].layers} == {""}
 
 

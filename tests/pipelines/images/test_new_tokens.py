@@ -186,7 +186,7 @@ def test_the_dry_run_shows_them(values, tmp_path, capsys):
     found = capsys.readouterr().out
     assert line in found
     assert "encoded" not in found  # all captions have it
-    assert "latents   5 ahead of the steps, 0.0 MB in main memory" in found
+    assert "latents   5 before the first step, 0.0 MB in main memory" in found
 
 
 def test_the_dry_run_counts_what_is_encoded_ahead(values, tmp_path, capsys):
@@ -197,11 +197,11 @@ def test_the_dry_run_counts_what_is_encoded_ahead(values, tmp_path, capsys):
         file = write(tmp_path, values, tokens={}, train=train, data=data, adapter=adapter, output=str(tmp_path / "new"))
         assert main(["train", file, "--dry-run"]) == 0
     found = capsys.readouterr().out
-    assert "encoded   5 captions ahead of the steps, 0.0 MB in main memory" in found
-    line = rf"encoded   (\d+) captions ahead of the steps, 0\.\d MB in {re.escape(str(tmp_path / 'text'))}"
+    assert "encoded   5 different texts before the first step, 0.0 MB in main memory" in found
+    line = rf"encoded   (\d+) different texts before the first step, 0\.\d MB in {re.escape(str(tmp_path / 'text'))}"
     (count,) = re.findall(line, found)
     assert 5 < int(count) <= 10  # of two epochs
-    assert "latents   10 ahead of the steps, 0.0 MB in main memory" in found
+    assert "latents   10 before the first step, 0.0 MB in main memory" in found
 
 
 REFUSALS = {

@@ -470,8 +470,8 @@ def test_the_printed_command_draws_the_images_of_the_sheet(config, tmp_path, cap
     printed = capsys.readouterr().out.partition("to sample  dora-mm ")[2]
     assert main([*shlex.split(printed), "output=drawn"]) == 0
     assert (
-        "What rows leave out is that of the training's contact sheets: steps 3, guidance 2, negative_prompt 'blurry'"
-        in caplog.messages
+        "Settings that a row does not give, as in the training's contact sheets: steps 3, guidance 2, "
+        "negative_prompt 'blurry'" in caplog.messages
     )
     drawn = Image.open(tmp_path / "drawn/samples/0001-seed3-strength1.png")
     shown = [entry.settings for entry in read_manifest(tmp_path / "run")]
@@ -547,7 +547,7 @@ def test_a_dry_run_loads_nothing_of_a_large_model_on_a_processor(
     printed = capsys.readouterr().out
     for words in ("activations (", "together  ", "the activations take", "captions, 5 at once", "encoded", "decoded"):
         assert words in printed
-    assert ("5 ahead of the steps, 0.0 MB in main memory" in printed) == (crop == "center")
+    assert ("5 before the first step, 0.0 MB in main memory" in printed) == (crop == "center")
     for words in ("guided    target u + 3 (v - u)", f"assistant {tmp_path / 'assistant'}, strength 1, "):
         assert (words in printed) == (crop == "random")
     assert "time      not measured: a step of this model takes minutes to hours without a GPU" in printed

@@ -83,7 +83,9 @@ def test_every_command_ends_with_the_next(week):
     assert printed_command(week["sample"], "to look") == ["gallery", "runs/style_prompts/001"]
     (folder,) = [line for line in week["sample"] if line.startswith("images")]
     assert folder == "images    8 of 8 in runs/style_prompts/001/samples"
-    assert "What rows leave out is that of the training's contact sheets: steps 1, guidance 3" in week["sample"]
+    assert (
+        "Settings that a row does not give, as in the training's contact sheets: steps 1, guidance 3" in week["sample"]
+    )
     page, after = week["gallery"]
     assert page == "gallery  runs/eval_style/001/gallery/index.html"
     assert after.endswith(": dora-mm sample favourites.jsonl")
@@ -95,7 +97,7 @@ def test_the_score_of_an_own_style(week):
     rows = json.loads((run / "metrics.json").read_text())["rows"]
     parts = [f"{name}, {part}" for part in ("prompts in the style", "prompts without it")
              for name in ("bare model", "adapter", "adapter minus bare")]  # fmt: skip
-    assert list(rows) == [*parts, "training pictures"]
+    assert list(rows) == [*parts, "training images"]
     assert set(rows["adapter, prompts without it"]) == {"likeness", "nearest", "variety", "drift"}
     assert all(value["low"] <= value["mean"] <= value["high"] for row in rows.values() for value in row.values())
     printed = "\n".join(week["eval"])
