@@ -15,6 +15,7 @@ from dora_mm.utils.tables import aligned_columns
 # Modules outside of the language model, by their names in transformers
 OF_IMAGES = re.compile(r"\b(?:visual|vision\w*|multi_modal_projector|connector|embed_vision|resampler|aligner)\b")
 SHOWN = 5  # modules whose errors are named
+INEXACT = 1e-2  # an error that is seen
 MEASURE = "distance from the exact result as a share of the adapter's update: 0 is exact, 1 is as far off as no adapter"
 
 
@@ -47,7 +48,7 @@ def conversion_text(done: Conversion, to: str) -> str:
     if done.errors:
         lines += ["", table(done)]
         worst = max(done.errors, key=lambda errors: errors.overall)
-        if done.ranks or worst.overall > 1e-2:
+        if done.ranks or worst.overall > INEXACT:
             lines += ["", worst_modules(worst)]
     return "\n".join(lines)
 
@@ -61,11 +62,9 @@ def table(done: Conversion) -> str:
         found = {1.0: errors.overall, **errors.at}
         rows.append((errors.tool, *(f"{found[t]:.1e}" if t in found else "-" for t in strengths)))
     where = "" if done.on_base else "; on random weights, since there is no --base"
-    scaled_otherwise = [
-        errors.tool for errors in done.errors if errors.overall <= 1e-2 < max(errors.at.values(), default=0)
-    ]
-    only_1 = f"\nright at strength 1 only: {', '.join(scaled_otherwise)}" if scaled_otherwise and done.on_base else ""
-    return f"{aligned_columns(rows, num_text=1)}\n({MEASURE}{where}){only_1}"
+    scaled_otherwise = [each.tool for each in done.errors if each.overall <= INEXACT < max(each.at.values(), default=0)]
+    at_1 = f"\nright at strength 1 only: {', '.join(scaled_otherwise)}" if scaled_otherwise and done.on_base else ""
+    return f"{aligned_columns(rows, num_text=1)}\n({MEASURE}{where}){at_1}"
 
 
 def worst_modules(errors: ToolErrors) -> str:
