@@ -46,9 +46,9 @@ SHOWN = 5  # of the best and the worst
 BACKGROUND = "white"  # of transparent images
 MEANING = (
     "The training images went through the model's size and VAE. likeness: mean cosine with them (in the last "
-    "row: of the training images with each other); the nearest of them: near 1, one is copied; variety: 1 minus the mean cosine of images with each "
-    "other; drift: 1 minus the cosine with the bare model's image of the same prompt and seed, which should be small "
-    "without the style."
+    "row: of the training images with each other); the nearest of them: near 1, one is copied; variety: 1 minus "
+    "the mean cosine of images with each other; drift: 1 minus the cosine with the bare model's image of the same "
+    "prompt and seed, which should be small without the style."
 )
 
 

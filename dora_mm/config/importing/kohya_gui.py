@@ -77,7 +77,9 @@ def flags_of(values: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
         raise ValueError(
             "the JSON of the GUI is not one of its LoRA tab (LoRA_type, network_dim): only that one is read"
         )
-    given = {key: _whole(value) for key, value in values.items() if value not in ("", None, False, 0)}  # it drops these
+    given = {
+        key: _integer_if_equal(value) for key, value in values.items() if value not in ("", None, False, 0)
+    }  # it drops these
     script = next((name for box, name in SCRIPTS.items() if box in given), "train_network.py")
     kept = {
         key: value
@@ -103,7 +105,7 @@ def flags_of(values: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     return flags, script
 
 
-def _whole(value: Any) -> Any:
+def _integer_if_equal(value: Any) -> Any:
     """A number such as 2.0, as it saves counts, as a whole one."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 

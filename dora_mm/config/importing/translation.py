@@ -136,8 +136,8 @@ class Translation:
                 problems = describe(error, schema, {})
             refused = False
             for problem in problems:
-                places = (problem.key or problem.message, f"{problem.key}.{problem.message}")
-                key = next((key for key in self.values if any(_is_within(place, key) for place in places)), None)
+                refused_keys = (problem.key or problem.message, f"{problem.key}.{problem.message}")
+                key = next((key for key in self.values if any(_is_within(name, key) for name in refused_keys)), None)
                 if key is None or MISSING in problem.message:
                     continue
                 self.has_no_equal(self.sources.pop(key, key), self.values.pop(key), problem.message)

@@ -115,8 +115,8 @@ def test_bypass_mode_leaves_the_magnitude_out():
 @pytest.mark.parametrize(
     ("tool", "drop", "said"),
     [
-        ("comfy", (), ["after another adapter", "--to diff", "bypass mode"]),
-        ("forge", (), ["after another adapter"]),
+        ("comfy", (), ["before other adapters", "--to diff", "bypass mode"]),
+        ("forge", (), ["before other adapters"]),
         ("comfy", ("dora_scale",), []),
         ("sdnext", (), []),
         ("diffusers", (), []),  # it drops this file's magnitudes anyway
