@@ -79,7 +79,7 @@ def main(config: EvalStyleConfig, *, resume: Path | None = None) -> None:
     requests = requests_of(config, styled + style_free)
     loaded.check(requests)
     vectors = vectors_by(loaded.model.device, config.clip_model, config.timm_model)
-    inputs |= {**identity_of(base).inputs, "the training images": digest_of(images)}
+    inputs |= {**identity_of(base).inputs, "the training pictures": digest_of(images)}  # the key of saved runs
     with processes.run(evaluation_run(config, inputs)) as run:
         generation = loaded.generate(run.path, requests, config.batch_size, processes)
         if not processes.is_main:
